@@ -1,0 +1,43 @@
+"""The keys every experiment has, with their defaults and units; other configs change some.
+
+Defaults follow Kumar et al. (arXiv 2411.04330, section 2 and appendix A) where they are not a
+matter of size: AdamW, cosine schedule after 10% of warm-up, weight decay 0.1.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """An experiment of no particular size."""
+    config = ml_collections.ConfigDict()
+    config.policy = "none"  # see qat.Policy.parse
+    config.tokens = 1_000_000  # training tokens; rounded down to whole batches
+    config.batch_size = 32  # sequences
+    config.learning_rate = 3e-3  # peak
+    config.warmup_fraction = 0.1  # of the run
+    config.final_fraction = 0.1  # of the peak, at the end
+    config.weight_decay = 0.1
+    config.clip_norm = 1.0  # 0 does not clip
+    config.seed = 0  # of initialisation and data order
+
+    config.model = ml_collections.ConfigDict()  # see models.transformer.TransformerConfig
+    config.model.width = 32
+    config.model.layers = 2
+    config.model.heads = 2
+    config.model.kv_heads = 1
+    config.model.mlp_width = 0
+    config.model.rope_base = 10_000.0
+    config.model.dtype = "float32"
+
+    config.data = ml_collections.ConfigDict()  # see qat.training.data.prepare
+    config.data.source = "stdlib"
+    config.data.sequence_length = 64  # tokens
+    config.data.validation_fraction = 0.05
+
+    config.evaluation_batches = 64  # at most
+
+    config.mesh = ml_collections.ConfigDict()  # devices; data = -1 takes what is left
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    return config

@@ -1,0 +1,208 @@
+"""From a config to a trained, evaluated model: what `train` and `demo` have in common.
+
+An `Experiment` is a checked config. `Lab` holds what experiments share: prepared text, and the
+compiled programs of each shape.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.task import constants_for, language_model, matrix_params
+from models.transformer import TransformerConfig
+from qat.policy import Policy
+from qat.training import flops
+from qat.training.checkpoint import Checkpoints
+from qat.training.data import TextDataset, prepare, train_batches, validation_batches
+from qat.training.loop import TrainingResult, train
+from qat.training.optimizer import adamw
+from qat.training.results import Row, hash_of, package_versions
+from qat.training.schedule import Schedule, warmup_cosine
+from qat.training.sharding import make_mesh
+from qat.training.step import Metrics, Programs, evaluate, make_programs, mean_and_standard_error
+
+LossesOfSequences = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, resolved and checked.
+
+    Attributes:
+        config: plain nested dict; its hash identifies the run.
+        model: shape.
+        policy: precision.
+        schedule: learning rate by step.
+    """
+
+    config: Mapping[str, Any]
+    model: TransformerConfig
+    policy: Policy
+    schedule: Schedule
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Experiment":
+        """Resolves a config.
+
+        Raises:
+            ValueError: a value is out of range; the message names it.
+        """
+        tokens_per_step = config["batch_size"] * config["data"]["sequence_length"]
+        steps = config["tokens"] // tokens_per_step if tokens_per_step > 0 else 0
+        if steps < 1:
+            raise ValueError(
+                f"tokens = {config['tokens']} is less than one batch of {tokens_per_step} tokens"
+            )
+        schedule = warmup_cosine(
+            config["learning_rate"], steps, config["warmup_fraction"], config["final_fraction"]
+        )
+        model = TransformerConfig(**config["model"])
+        return cls(config, model, Policy.parse(config["policy"]), schedule)
+
+    @property
+    def tokens(self) -> int:
+        """D: training tokens, whole batches."""
+        return (
+            self.schedule.total_steps
+            * self.config["batch_size"]
+            * self.config["data"]["sequence_length"]
+        )
+
+    @property
+    def shape(self) -> str:
+        """Identifies the compiled programs: everything that is not data to them."""
+        keys = ("model", "batch_size", "data", "weight_decay", "clip_norm", "mesh")
+        return hash_of({key: self.config[key] for key in keys})
+
+    @property
+    def config_hash(self) -> str:
+        """Identifies the config."""
+        return hash_of(self.config)
+
+
+class Lab:
+    """Text and compiled programs, shared by all experiments that ask for the same."""
+
+    def __init__(self, data_dir: Path):
+        self._data_dir = data_dir
+        self._datasets: dict[str, TextDataset] = {}
+        self._programs: dict[str, Programs] = {}
+        self._lock = threading.Lock()
+
+    def dataset(self, experiment: Experiment) -> TextDataset:
+        """The prepared text of an experiment."""
+        data = experiment.config["data"]
+        key = hash_of(data)
+        with self._lock:
+            if key not in self._datasets:
+                self._datasets[key] = prepare(
+                    data["source"],
+                    data["sequence_length"],
+                    self._data_dir,
+                    validation_fraction=data["validation_fraction"],
+                    process_index=jax.process_index(),
+                )
+            return self._datasets[key]
+
+    def programs(self, experiment: Experiment) -> Programs:
+        """The jitted programs of an experiment's shape."""
+        config = experiment.config
+        with self._lock:
+            if experiment.shape not in self._programs:
+                task = language_model(experiment.model, experiment.policy)
+                optimizer = adamw(weight_decay=config["weight_decay"], clip_norm=config["clip_norm"])
+                mesh = make_mesh(**config["mesh"])
+                self._programs[experiment.shape] = make_programs(task, optimizer, mesh)
+            return self._programs[experiment.shape]
+
+    def run_id(self, experiment: Experiment) -> str:
+        """Identifies config and data."""
+        fingerprint = self.dataset(experiment).fingerprint
+        return hash_of({"config": experiment.config, "data": fingerprint})
+
+    def train(
+        self,
+        experiment: Experiment,
+        *,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 0,
+        on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    ) -> tuple[TrainingResult, float]:
+        """Trains, from the newest checkpoint if there is one; also returns the seconds it took."""
+        config, programs = experiment.config, self.programs(experiment)
+        dataset = self.dataset(experiment)
+        seed = jnp.uint32(config["seed"])
+        state = None
+        if checkpoints is not None:
+            abstract = jax.eval_shape(programs.init_state, seed)
+            state = checkpoints.restore(abstract, programs.state_sharding)
+        start = time.perf_counter()
+        result = train(
+            programs,
+            programs.init_state(seed) if state is None else state,
+            constants_for(experiment.model, experiment.policy),
+            experiment.schedule,
+            train_batches(dataset, config["batch_size"], config["seed"]),
+            on_log=on_log,
+            checkpoints=checkpoints,
+            checkpoint_every=checkpoint_every,
+        )
+        return result, time.perf_counter() - start
+
+    def evaluate(
+        self, experiment: Experiment, params: Any, policy: Policy
+    ) -> LossesOfSequences:
+        """Validation loss of each sequence under a policy, which need not be the trained one."""
+        config = experiment.config
+        batches = validation_batches(
+            self.dataset(experiment), config["batch_size"], config["evaluation_batches"]
+        )
+        constants = constants_for(experiment.model, policy)
+        return evaluate(self.programs(experiment), params, constants, batches)
+
+    def row(
+        self,
+        experiment: Experiment,
+        result: TrainingResult,
+        wall_s: float,
+        losses: LossesOfSequences,
+    ) -> Row:
+        """The result row of a trained model."""
+        config, model, policy = experiment.config, experiment.model, experiment.policy
+        loss, loss_se = mean_and_standard_error(losses)
+        return Row(
+            run_id=self.run_id(experiment),
+            params=model.params,
+            tokens=experiment.tokens,
+            weight_bits=policy.bits("weights"),
+            activation_bits=policy.bits("activations"),
+            kv_bits=policy.bits("kv_cache"),
+            weight_format=policy.format_name("weights"),
+            activation_format=policy.format_name("activations"),
+            kv_format=policy.format_name("kv_cache"),
+            eval_set=f"{config['data']['source']}/validation",
+            loss=loss,
+            loss_se=loss_se,
+            seed=config["seed"],
+            learning_rate=config["learning_rate"],
+            schedule="cosine",
+            flops=flops.train_flops(
+                experiment.tokens,
+                matrix_params(model),
+                model.layers,
+                model.width,
+                config["data"]["sequence_length"],
+            ),
+            status=result.status,
+            wall_s=wall_s,
+            data_fingerprint=self.dataset(experiment).fingerprint,
+            config_hash=experiment.config_hash,
+            versions=package_versions(),
+        )

@@ -1,0 +1,1 @@
+"""Models to train, quantize and measure."""

@@ -1,0 +1,222 @@
+"""A Llama-like decoder in Flax NNX whose every projection runs under a policy.
+
+Pre-norm blocks with SwiGLU, rotary grouped-query attention and an RMSNorm directly before each
+projection: the attention output and the down projection have one of their own, as in BitNet
+(arXiv 2402.17764) and Kumar et al. (arXiv 2411.04330), since a quantizer that scales by the
+largest magnitude wants inputs of even size. Embedding and head are untied and stay unquantized
+unless the policy is a set of `Rules` that says otherwise.
+
+The blocks are one stacked module run by `jax.lax.scan`, so compile time does not grow with depth.
+The model is used functionally: `split` it into parameters and the rest, `jax.jit` a pure function
+of both. The policy's numbers are part of the rest and thus data.
+
+Shapes: L layers, B batch, T tokens, D width, F width of the gated layer, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import qat.nnx
+from models.attention import Attention, Cache
+from qat.policy import Policy, Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a decoder.
+
+    Attributes:
+        vocabulary: number of token ids.
+        width: residual width D; a multiple of `heads`.
+        layers: number of blocks.
+        heads: query heads; a multiple of `kv_heads`.
+        kv_heads: key-value heads.
+        mlp_width: width F of the gated layer; 0 means 8/3 of `width`, rounded up to 8.
+        rope_base: base of the rotary frequencies.
+        dtype: compute dtype; parameters are float32.
+    """
+
+    vocabulary: int = 256
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_width: int = 0
+    rope_base: float = 10_000.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for whole, part in (("width", "heads"), ("heads", "kv_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} = {getattr(self, whole)} is not a multiple of "
+                    f"{part} = {getattr(self, part)}"
+                )
+        if self.width // self.heads % 2:
+            raise ValueError(
+                f"width / heads = {self.width // self.heads}: rotary positions need an even number"
+            )
+
+    @property
+    def gated_width(self) -> int:
+        """F, the width of the gated layer."""
+        return self.mlp_width or -(-self.width * 8 // 24) * 8
+
+    @property
+    def params(self) -> int:
+        """Parameters N as scaling laws count them: without embedding and head."""
+        kv_width = self.width // self.heads * self.kv_heads
+        attention = self.width * (2 * self.width + 2 * kv_width)
+        mlp = 3 * self.width * self.gated_width
+        norms = 3 * self.width + self.gated_width
+        return self.layers * (attention + mlp + norms) + self.width
+
+
+class GatedMlp(nnx.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202) with a norm before the down projection."""
+
+    def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
+        shared: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        width, gated = config.width, config.gated_width
+        self.gate_up = qat.nnx.LinearGeneral(
+            width, (2, gated), policy=rules.policy_for(f"{path}/gate_up"), **shared
+        )
+        self.norm = nnx.RMSNorm(gated, dtype=shared["dtype"], rngs=rngs)
+        self.down = qat.nnx.Linear(
+            gated, width, policy=rules.policy_for(f"{path}/down"), **shared
+        )
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The block's update from normed inputs."""
+        gate_up_BT2F = self.gate_up(x_BTD)
+        hidden_BTF = jax.nn.silu(gate_up_BT2F[..., 0, :]) * gate_up_BT2F[..., 1, :]
+        return self.down(self.norm(hidden_BTF))
+
+
+class Block(nnx.Module):
+    """Attention and gated layer, each on the normed residual stream."""
+
+    def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.attention_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            config.kv_heads,
+            config.rope_base,
+            dtype,
+            rules,
+            f"{path}/attention",
+            rngs,
+        )
+        self.mlp_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.mlp = GatedMlp(config, rules, f"{path}/mlp", rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], position: Int[Array, ""], cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """One layer; see `Attention` for the arguments."""
+        update_BTD, cache = self.attention(self.attention_norm(x_BTD), position, cache)
+        x_BTD = x_BTD + update_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Transformer(nnx.Module):
+    """The decoder: token ids in, logits out.
+
+    Args:
+        config: shape.
+        policy: one for all projections and the cache of every block, `Rules` by layer path
+            (embed, blocks/attention/qkv, blocks/attention/cache, blocks/attention/out,
+            blocks/mlp/gate_up, blocks/mlp/down, head), or None for no quantization code at all.
+        rngs: for the initial parameters.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, policy: Policy | Rules | None, *, rngs: nnx.Rngs
+    ):
+        rules = policy if isinstance(policy, Rules) else inner_rules(policy)
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.embed = qat.nnx.Embed(
+            config.vocabulary,
+            config.width,
+            dtype=dtype,
+            policy=rules.policy_for("embed"),
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rules, "blocks", rngs)
+
+        self.blocks = stacked_blocks(rngs)
+        self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.head = qat.nnx.Linear(
+            config.width,
+            config.vocabulary,
+            use_bias=False,
+            dtype=dtype,
+            policy=rules.policy_for("head"),
+            rngs=rngs,
+        )
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position, float32."""
+        return self._run(tokens_BT, jnp.int32(0), None)[0]
+
+    def decode(
+        self, tokens_BT: Int[Array, "B T"], position: Int[Array, ""], cache: Cache
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits of T further tokens after the `position` tokens that the cache holds.
+
+        T is the prompt's length once, then 1. The caller keeps ``position + T`` within the
+        cache's length.
+        """
+        logits_BTV, cache_after = self._run(tokens_BT, position, cache)
+        assert cache_after is not None
+        return logits_BTV, cache_after
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `batch` sequences of at most `length` tokens."""
+        config = self.config
+        channels = config.width // config.heads
+        shape = (config.layers, batch, length, config.kv_heads, channels)
+        zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+        return Cache(zeros, zeros)
+
+    def _run(
+        self, tokens_BT: Array, position: Array, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """Embedding, the scanned blocks, and the head."""
+        graph, layers = nnx.split(self.blocks)
+
+        def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, Cache | None]:
+            layer, layer_cache = scanned
+            output: tuple[Array, Cache | None] = nnx.merge(graph, layer)(
+                x_BTD, position, layer_cache
+            )
+            return output
+
+        x_BTD, cache = jax.lax.scan(body, self.embed(tokens_BT), (layers, cache))
+        return self.head(self.norm(x_BTD)).astype(jnp.float32), cache
+
+
+def inner_rules(policy: Policy | None) -> Rules:
+    """Rules that quantize the blocks but neither embedding nor head."""
+    return Rules([("embed|head", None), (".*", policy)])
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Any, Any]:
+    """A model as (graph, parameters, rest): pure nested dicts of arrays for compiled functions.
+
+    The rest holds the policies' numbers. `join` is the inverse.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)

@@ -1,0 +1,111 @@
+"""The one contraction that everything quantized passes through.
+
+Operands are fake-quantized along their contraction axes and multiplied by `jax.lax.dot_general`
+in the dtype they came in. Autodiff through the straight-through quantizers gives the backward
+pass, whose operands are the quantized values of the forward pass.
+
+Batches of activations are flattened to a matrix around a dense projection: XLA on CPU multiplies
+and, above all, transposes matrices faster than higher-rank arrays, and other backends do not care.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.typing import DTypeLike
+
+from qat.policy import Policy
+from qat.quantizer import fake_quant
+
+DimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
+
+
+class DotGeneral(Protocol):
+    """The signature of `jax.lax.dot_general`."""
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: DimensionNumbers,
+        precision: Any = None,
+        preferred_element_type: DTypeLike | None = None,
+        *,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Contracts two arrays."""
+        ...
+
+
+def dot_general(policy: Policy | None) -> DotGeneral:
+    """A drop-in for `jax.lax.dot_general` that quantizes its operands.
+
+    The left-hand side is the activations, the right-hand side the weights, as in Flax layers.
+
+    Args:
+        policy: named or traced formats; None multiplies what it is given.
+
+    Returns:
+        A pure function; it raises ValueError where a quantizer does not fit its operand.
+    """
+
+    def contract(
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: DimensionNumbers,
+        precision: Any = None,
+        preferred_element_type: DTypeLike | None = None,
+        *,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        (lhs_axes, rhs_axes), _ = dimension_numbers
+        if policy is not None and policy.activations is not None:
+            lhs = fake_quant(lhs, policy.activations, axis=lhs_axes)
+        if policy is not None and policy.weights is not None:
+            rhs = fake_quant(rhs, policy.weights, axis=rhs_axes)
+        return _flat_dot_general(
+            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding
+        )
+
+    return contract
+
+
+def _flat_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    precision: Any,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: Any,
+) -> jax.Array:
+    """`jax.lax.dot_general`, with the operands of a dense projection flattened to matrices."""
+    (lhs_axes, rhs_axes), (lhs_batch, _) = dimension_numbers
+    contracted = len(lhs_axes)
+    dense = (
+        out_sharding is None
+        and not lhs_batch
+        and tuple(lhs_axes) == tuple(range(lhs.ndim - contracted, lhs.ndim))
+        and tuple(rhs_axes) == tuple(range(contracted))
+    )
+    if not dense:
+        return jax.lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    rows, columns = lhs.shape[: lhs.ndim - contracted], rhs.shape[contracted:]
+    depth = math.prod(rhs.shape[:contracted])
+    product = jax.lax.dot_general(
+        lhs.reshape(math.prod(rows), depth),
+        rhs.reshape(depth, math.prod(columns)),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return product.reshape(*rows, *columns)

@@ -1,0 +1,1 @@
+"""Training in low precision: data, optimizer, sharding, the step, the loop and its results."""

@@ -1,0 +1,126 @@
+"""A result is a row, written by the program that measured it.
+
+Every evaluation, also of a diverged run, is one `Row`. A run's rows go into one file of their own
+in one atomic step, so readers never see half of them, and a table is the union of such files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+UNQUANTIZED_BITS = 16.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One evaluation of one trained model.
+
+    Bits are per element; 16 stands for unquantized. Formats are names that `qat.parse_format`
+    reads.
+
+    Attributes:
+        run_id: hash of the resolved config and the data; rows of one run share it.
+        params: N, non-embedding parameters.
+        tokens: D, training tokens.
+        weight_bits: while training.
+        activation_bits: while training.
+        kv_bits: of the attention cache while training.
+        weight_format: name.
+        activation_format: name.
+        kv_format: name.
+        ptq_method: "none" or the name of a post-training method.
+        ptq_bits: after training; 16 without post-training quantization.
+        ptq_format: name.
+        eval_set: what was evaluated on.
+        loss: nats per token; NaN if diverged.
+        loss_se: its standard error over sequences, nats per token.
+        ptq_delta: loss minus that of the same model unquantized, nats per token.
+        ptq_delta_se: standard error of that difference, paired by sequence.
+        seed: of initialisation and data order.
+        learning_rate: peak.
+        schedule: name.
+        flops: of training.
+        status: "ok", "diverged" or "failed".
+        wall_s: training time, seconds.
+        data_fingerprint: of the corpus.
+        config_hash: of the resolved config alone.
+        versions: of the packages that matter.
+    """
+
+    run_id: str
+    params: int
+    tokens: int
+    weight_bits: float
+    activation_bits: float
+    kv_bits: float
+    weight_format: str
+    activation_format: str
+    kv_format: str
+    ptq_method: str = "none"
+    ptq_bits: float = UNQUANTIZED_BITS
+    ptq_format: str = "none"
+    eval_set: str
+    loss: float
+    loss_se: float
+    ptq_delta: float = 0.0
+    ptq_delta_se: float = 0.0
+    seed: int
+    learning_rate: float
+    schedule: str
+    flops: float
+    status: str
+    wall_s: float
+    data_fingerprint: str
+    config_hash: str
+    versions: str
+
+
+def hash_of(value: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that identify a JSON-like value, whatever its key order."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def package_versions() -> str:
+    """Interpreter and packages that decide a result's bits."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = [f"{name} {metadata.version(name)}" for name in packages]
+    return ", ".join([f"python {platform.python_version()}", *versions])
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a run's rows as JSON lines; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    os.replace(partial, path)
+
+
+def read_rows(folder: Path) -> pd.DataFrame:
+    """The rows of all runs of a folder, ordered by file name.
+
+    Raises:
+        ValueError: a file holds something else than rows.
+    """
+    records: list[dict[str, Any]] = []
+    names = {field.name for field in dataclasses.fields(Row)}
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}: expected result rows, one JSON object a line; {error}"
+            ) from None
+        for row in rows:
+            if not isinstance(row, dict) or set(row) != names:
+                raise ValueError(f"{path}: a line is not a result row")
+        records += rows
+    return pd.DataFrame(records, columns=[field.name for field in dataclasses.fields(Row)])

@@ -1,0 +1,147 @@
+"""The compiled programs of one model shape: initialise, train, evaluate.
+
+Training asks two functions of a model: parameters from a key, and logits from parameters,
+constants and tokens. The constants are whatever else the model needs; a quantized model keeps the
+numbers of its formats there. Constants, learning-rate schedule and seed are arguments of the
+programs, so every precision, budget, rate and seed of a shape runs through the same three.
+
+Shapes: B sequences, T tokens, S = T + 1 tokens of a record, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from qat.training.schedule import Schedule, learning_rate
+from qat.training.sharding import BATCH, LogicalAxes, state_shardings
+
+Params = Any
+Constants = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What training asks of a model.
+
+    Attributes:
+        init: (random key) → parameters, a nested dict of float32 arrays.
+        apply: (parameters, constants, tokens_BT) → logits_BTV, float32.
+        axes: logical axes of the parameters, for `qat.training.sharding`.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Constants, Array], Array]
+    axes: LogicalAxes
+
+
+class TrainState(NamedTuple):
+    """All that training changes, and all that a checkpoint holds."""
+
+    params: Params
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """What a train step reports, all float32 scalars of its batch."""
+
+    loss: Float[Array, ""]  # nats per token
+    grad_norm: Float[Array, ""]  # before clipping
+    learning_rate: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Jitted functions that share one shape; each compiles at its first call.
+
+    Attributes:
+        init_state: (seed) → state.
+        train_step: (state, constants, schedule, tokens_BS) → (state, metrics); consumes `state`.
+        eval_step: (params, constants, tokens_BS) → mean loss of each sequence, nats per token.
+        batch_sharding: placement of tokens.
+        state_sharding: placement of the state.
+    """
+
+    init_state: Callable[[Any], TrainState]
+    train_step: Callable[[TrainState, Constants, Schedule, Any], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Params, Constants, Any], Float[Array, "B"]]
+    batch_sharding: NamedSharding
+    state_sharding: TrainState
+
+
+def make_programs(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> Programs:
+    """Places the state on the mesh and jits the three functions.
+
+    Raises:
+        ValueError: the state does not fit the mesh (see `state_shardings`).
+    """
+
+    def init_state(seed: Array) -> TrainState:
+        params = task.init(jax.random.key(seed))
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def train_step(
+        state: TrainState, constants: Constants, schedule: Schedule, tokens_BS: Array
+    ) -> tuple[TrainState, Metrics]:
+        def mean_loss(params: Params) -> Array:
+            return jnp.mean(token_losses(task, params, constants, tokens_BS))
+
+        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate = learning_rate(schedule, state.step)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        metrics = Metrics(loss, optax.tree.norm(grads), rate)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    def eval_step(params: Params, constants: Constants, tokens_BS: Array) -> Array:
+        return jnp.mean(token_losses(task, params, constants, tokens_BS), axis=1)
+
+    abstract = jax.eval_shape(init_state, jnp.uint32(0))
+    placed = state_shardings(abstract, mesh, task.axes)
+    batch = NamedSharding(mesh, BATCH)
+    same = NamedSharding(mesh, PartitionSpec())
+    return Programs(
+        init_state=jax.jit(init_state, out_shardings=placed),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(placed, same, same, batch),
+            out_shardings=(placed, same),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(eval_step, in_shardings=(placed.params, same, batch), out_shardings=same),
+        batch_sharding=batch,
+        state_sharding=placed,
+    )
+
+
+def token_losses(
+    task: Task, params: Params, constants: Constants, tokens_BS: Int[Array, "B S"]
+) -> Float[Array, "B T"]:
+    """Cross entropy of every token but the first of each record, in nats."""
+    logits_BTV = task.apply(params, constants, tokens_BS[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BS[:, 1:])
+
+
+def evaluate(
+    programs: Programs, params: Params, constants: Constants, batches: Iterable[np.ndarray]
+) -> Float[np.ndarray, "R"]:
+    """Mean loss of each of R sequences, nats per token, float64; to be averaged or paired."""
+    losses = [
+        programs.eval_step(params, constants, jax.device_put(tokens, programs.batch_sharding))
+        for tokens in batches
+    ]
+    return np.concatenate([np.asarray(loss, np.float64) for loss in losses])
+
+
+def mean_and_standard_error(losses_R: Float[np.ndarray, "R"]) -> tuple[float, float]:
+    """Mean of per-sequence losses and its standard error, taking sequences as independent."""
+    count = losses_R.size
+    spread = float(np.std(losses_R, ddof=1)) if count > 1 else float("nan")
+    return float(np.mean(losses_R)), spread / count**0.5
