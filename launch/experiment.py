@@ -7,7 +7,7 @@ compiled programs of each shape.
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,8 @@ class Experiment:
     @property
     def tokens(self) -> int:
         """D: training tokens, whole batches."""
-        return (
-            self.schedule.total_steps
-            * self.config["batch_size"]
-            * self.config["data"]["sequence_length"]
-        )
+        sequences: int = self.schedule.total_steps * self.config["batch_size"]
+        return sequences * int(self.config["data"]["sequence_length"])
 
     @property
     def shape(self) -> str:
@@ -88,13 +85,23 @@ class Experiment:
 
 
 class Lab:
-    """Text and compiled programs, shared by all experiments that ask for the same."""
+    """Text and compiled programs, shared by all experiments that ask for the same.
 
-    def __init__(self, data_dir: Path):
+    Runs may go on in several threads at once if each uses a single device: programs that span
+    devices wait for one another and must not be interleaved.
+
+    Args:
+        data_dir: where prepared text is kept.
+        devices: what runs may use; all there are if None.
+    """
+
+    def __init__(self, data_dir: Path, devices: Sequence[jax.Device] | None = None):
         self._data_dir = data_dir
+        self._devices = devices
         self._datasets: dict[str, TextDataset] = {}
         self._programs: dict[str, Programs] = {}
         self._lock = threading.Lock()
+        self._shape_locks: dict[str, threading.Lock] = {}
 
     def dataset(self, experiment: Experiment) -> TextDataset:
         """The prepared text of an experiment."""
@@ -113,14 +120,27 @@ class Lab:
 
     def programs(self, experiment: Experiment) -> Programs:
         """The jitted programs of an experiment's shape."""
-        config = experiment.config
         with self._lock:
+            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
+        with lock:  # held while compiling: threads that meet in an unseen shape compile it once
             if experiment.shape not in self._programs:
-                task = language_model(experiment.model, experiment.policy)
-                optimizer = adamw(weight_decay=config["weight_decay"], clip_norm=config["clip_norm"])
-                mesh = make_mesh(**config["mesh"])
-                self._programs[experiment.shape] = make_programs(task, optimizer, mesh)
+                self._programs[experiment.shape] = self._compiled_programs(experiment)
             return self._programs[experiment.shape]
+
+    def _compiled_programs(self, experiment: Experiment) -> Programs:
+        config = experiment.config
+        task = language_model(experiment.model, experiment.policy)
+        optimizer = adamw(weight_decay=config["weight_decay"], clip_norm=config["clip_norm"])
+        programs = make_programs(
+            task, optimizer, make_mesh(**config["mesh"], devices=self._devices)
+        )
+        constants = constants_for(experiment.model, experiment.policy)
+        tokens_BS = train_batches(self.dataset(experiment), config["batch_size"], 0).batch_at(0)
+        batch = jax.device_put(tokens_BS, programs.batch_sharding)
+        state = programs.init_state(jnp.uint32(0))
+        programs.eval_step(state.params, constants, batch)
+        programs.train_step(state, constants, experiment.schedule, batch)
+        return programs
 
     def run_id(self, experiment: Experiment) -> str:
         """Identifies config and data."""
@@ -156,9 +176,7 @@ class Lab:
         )
         return result, time.perf_counter() - start
 
-    def evaluate(
-        self, experiment: Experiment, params: Any, policy: Policy
-    ) -> LossesOfSequences:
+    def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
         """Validation loss of each sequence under a policy, which need not be the trained one."""
         config = experiment.config
         batches = validation_batches(

@@ -124,7 +124,7 @@ def attend(
 
 
 def rotate(
-    x: Float[Array, "B T *heads C"], positions_T: Int[Array, "T"], base: float
+    x: Float[Array, "B T *heads C"], positions_T: Int[Array, " T"], base: float
 ) -> Float[Array, "B T *heads C"]:
     """Rotary position embedding (Su et al., arXiv 2104.09864), channels paired by halves."""
     half = x.shape[-1] // 2

@@ -87,9 +87,7 @@ class GatedMlp(nnx.Module):
             width, (2, gated), policy=rules.policy_for(f"{path}/gate_up"), **shared
         )
         self.norm = nnx.RMSNorm(gated, dtype=shared["dtype"], rngs=rngs)
-        self.down = qat.nnx.Linear(
-            gated, width, policy=rules.policy_for(f"{path}/down"), **shared
-        )
+        self.down = qat.nnx.Linear(gated, width, policy=rules.policy_for(f"{path}/down"), **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The block's update from normed inputs."""
@@ -137,9 +135,7 @@ class Transformer(nnx.Module):
         rngs: for the initial parameters.
     """
 
-    def __init__(
-        self, config: TransformerConfig, policy: Policy | Rules | None, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TransformerConfig, policy: Policy | Rules | None, *, rngs: nnx.Rngs):
         rules = policy if isinstance(policy, Rules) else inner_rules(policy)
         dtype = jnp.dtype(config.dtype)
         self.config = config
@@ -218,5 +214,6 @@ def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Any, Any]:
 
     The rest holds the policies' numbers. `join` is the inverse.
     """
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, state = nnx.split(model)
+    params, rest = nnx.split_state(state, nnx.Param, ...)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)

@@ -18,9 +18,7 @@ from jax.typing import DTypeLike
 from qat.policy import Policy
 from qat.quantizer import fake_quant
 
-DimensionNumbers = tuple[
-    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
-]
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
 class DotGeneral(Protocol):

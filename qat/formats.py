@@ -113,7 +113,8 @@ class Format:
         significand = codes - (binade << self.mantissa_bits)
         exponent = np.minimum(self.min_exponent - self.mantissa_bits + binade, 1000)
         values = np.ldexp(significand.astype(np.float64), exponent)
-        return values[values <= self.max_value].astype(np.float32)
+        magnitudes: np.ndarray = values[values <= self.max_value].astype(np.float32)
+        return magnitudes
 
     def grid(self) -> Grid:
         """The format's numbers as an array of shape (5,)."""
@@ -312,7 +313,11 @@ def parse_format(name: str) -> Format:
             )
         if match[3] and exponent_bits < 2:
             raise ValueError(f"format {name!r}: an IEEE format needs 2 exponent bits or more")
-        return _ieee(exponent_bits, mantissa_bits) if match[3] else _float(exponent_bits, mantissa_bits)
+        return (
+            _ieee(exponent_bits, mantissa_bits)
+            if match[3]
+            else _float(exponent_bits, mantissa_bits)
+        )
     known = [*_NAMED, *_ALIASES, *(f"int{b}" for b in range(1, 17)), "e2m1", "e3m2", "e2m3"]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     raise ValueError(

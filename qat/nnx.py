@@ -7,6 +7,7 @@ puts other numbers into the same compiled program.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,15 +59,24 @@ class FakeQuant(nnx.Module):
 class Linear(nnx.Linear):
     """`flax.nnx.Linear` under a policy; without one it multiplies unquantized."""
 
-    def __init__(self, *args: Any, policy: Policy | None = None, **kwargs: Any):
-        super().__init__(*args, **_slot(policy), **kwargs)
+    def __init__(
+        self, in_features: int, out_features: int, *, policy: Policy | None = None, **kwargs: Any
+    ):
+        super().__init__(in_features, out_features, dot_general=_slot(policy), **kwargs)
 
 
 class LinearGeneral(nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` under a policy; without one it multiplies unquantized."""
 
-    def __init__(self, *args: Any, policy: Policy | None = None, **kwargs: Any):
-        super().__init__(*args, **_slot(policy), **kwargs)
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        policy: Policy | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, out_features, dot_general=_slot(policy), **kwargs)
 
 
 class Embed(nnx.Embed):
@@ -105,9 +115,7 @@ def set_policy(model: nnx.Module, policy: Policy | Rules) -> None:
         ValueError: nothing in the model is quantized, or a layer's structure (which operands,
             which granularity) differs from that of its new policy.
     """
-    states = [
-        (path, node) for path, node in nnx.iter_graph(model) if isinstance(node, PolicyState)
-    ]
+    states = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, PolicyState)]
     if not states:
         raise ValueError("set_policy: the model has no quantized layer; build it with a policy")
     rules = policy if isinstance(policy, Rules) else Rules([(".*", policy)])
@@ -116,9 +124,9 @@ def set_policy(model: nnx.Module, policy: Policy | Rules) -> None:
         state.set_value(value)
 
 
-def _slot(policy: Policy | None) -> dict[str, Any]:
-    """The keyword that puts a policy into a Flax layer."""
-    return {"dot_general": dot_general(None) if policy is None else DotGeneral(policy)}
+def _slot(policy: Policy | None) -> Any:
+    """What goes into the `dot_general` slot of a Flax layer."""
+    return dot_general(None) if policy is None else DotGeneral(policy)
 
 
 def _traced(policy: Policy, *operands: str) -> Policy:
@@ -134,12 +142,13 @@ def _fitted(path: tuple[Any, ...], state: PolicyState, rules: Rules) -> Policy:
     policy = rules.policy_for(layer)
     operands = [f.name for f in dataclasses.fields(Policy) if getattr(old, f.name) is not None]
     new = _traced(policy or Policy(), *operands)
-    if jax.tree.structure(new) != jax.tree.structure(old):
+    if _structure(new) != _structure(old):
         raise ValueError(
             f"set_policy: layer {layer!r} was compiled for {_structure(old)}, "
             f"the new policy has {_structure(new)}"
         )
-    return jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), new, old)
+    fitted: Policy = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), new, old)
+    return fitted
 
 
 def _structure(policy: Policy) -> str:

@@ -62,16 +62,17 @@ class Policy:
             ValueError: not a shorthand, or an unknown format in it.
         """
         formats = {} if text == "none" else _shorthand_terms(text)
-        return cls(**{
-            field: Quantizer(parse_format(formats.get(letter, "none")), granularity)
-            for letter, (field, granularity) in _OPERANDS.items()
-        })
+        return cls(
+            **{
+                field: Quantizer(parse_format(formats.get(letter, "none")), granularity)
+                for letter, (field, granularity) in _OPERANDS.items()
+            }
+        )
 
     def traced(self) -> "Policy":
         """The same policy with its formats as data."""
-        return jax.tree.map(
-            Quantizer.traced, self, is_leaf=lambda node: isinstance(node, Quantizer)
-        )
+        operands = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Policy(**{name: q and q.traced() for name, q in operands.items()})
 
     def bits(self, operand: str) -> float:
         """Bits per element of "weights", "activations" or "kv_cache"; 16 is unquantized."""

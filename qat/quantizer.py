@@ -4,10 +4,12 @@
 gradient (Bengio et al., arXiv 1308.3432); `quantize` stores integer codes and scales. Both take
 their scales from `scales` and their rounding from `qat.formats`, and agree bit for bit.
 
-Scales, divisions and products are float32 whatever the input dtype. The scale is
-``amax / max_value`` unrounded: for every largest value that a supported format can have,
-dividing, multiplying back and dividing again returns the same float32 (shown exhaustively over
-all significands by the tests), which makes quantization idempotent bit for bit.
+The arithmetic is chosen so that no compiler can change it. Everything is float32, whatever the
+input dtype. XLA turns a division by a broadcast value into a product with its reciprocal where it
+likes, so we multiply by reciprocals ourselves. Scales are rounded to 20 significant bits: that
+absorbs the last-bit errors of a round trip, so that the scale of an already quantized array is
+the same number and quantization is idempotent bit for bit, while a largest magnitude still maps
+to the format's largest value. Scales stay between 2^-126 and 2^126, where reciprocals are normal.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ from qat.formats import Format, Grid, decode, encode, parse_format, round_to_gri
 Granularity = Literal["tensor", "channel", "token"]
 Axis = int | Sequence[int]
 
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: an all-zero group divides by it
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
+_DROPPED_BITS = 4  # of a scale's 24
 _STORAGE = {8: jnp.int8, 16: jnp.int16, 32: jnp.int32}
 
 
@@ -53,7 +56,9 @@ class Quantizer:
                 f"unknown granularity {granularity!r}: expected one of "
                 f"{', '.join(get_args(Granularity))}; nearest is {nearest!r}"
             )
-        object.__setattr__(self, "format", parse_format(format) if isinstance(format, str) else format)
+        object.__setattr__(
+            self, "format", parse_format(format) if isinstance(format, str) else format
+        )
         object.__setattr__(self, "granularity", granularity)
 
     @classmethod
@@ -153,7 +158,9 @@ def scales(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Float[Ar
     grid = quantizer.grid
     x = jax.lax.stop_gradient(x)
     amax = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0).astype(jnp.float32)
-    scale = jnp.maximum(amax / grid.max_value, _SMALLEST_SCALE)
+    scale = _rounded(amax * (1 / grid.max_value))
+    scale = jnp.clip(scale, _SMALLEST_SCALE, _LARGEST_SCALE)
+    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
     return jnp.where(grid.scaled, scale, jnp.ones_like(scale))
 
 
@@ -172,7 +179,7 @@ def fake_quant(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Floa
         ValueError: as in `scales`.
     """
     scale = scales(x, quantizer, axis)
-    y = jax.lax.stop_gradient(x).astype(jnp.float32) / scale
+    y = jax.lax.stop_gradient(x).astype(jnp.float32) * (1 / scale)
     return _straight_through(x, (round_to_grid(y, quantizer.grid) * scale).astype(x.dtype))
 
 
@@ -190,9 +197,17 @@ def quantize(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> QTenso
     fmt = quantizer.host_format()
     scale = scales(x, quantizer, axis)
     storage = _STORAGE[8 if fmt.bits <= 8 else 16 if fmt.bits <= 16 else 32]
-    codes = encode(x.astype(jnp.float32) / scale, fmt.grid())
+    codes = encode(x.astype(jnp.float32) * (1 / scale), fmt.grid())
     codes = jnp.maximum(codes, jnp.iinfo(storage).min).astype(storage)
     return QTensor(codes, scale, fmt, str(x.dtype))
+
+
+def _rounded(scale: Array) -> Array:
+    """Positive float32 to 20 significant bits, nearest, ties to even."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    odd = (bits >> _DROPPED_BITS) & 1
+    bits = (bits + (1 << _DROPPED_BITS - 1) - 1 + odd) >> _DROPPED_BITS << _DROPPED_BITS
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @jax.custom_jvp

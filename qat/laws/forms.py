@@ -1,29 +1,26 @@
 """Scaling laws as data: a row-wise function of (parameters, table) and its declaration.
 
-A law is one pure function from named parameters and named columns to the loss, plus what a
-fitter must know and cannot guess: bounds, where starts are drawn, which parameters multiply a
-power of N or D, and which are informed only by quantized rows. Fitting, intervals and prediction
-read this declaration and know no law by name, so a new law is one function and one table of
-parameters.
+A law is one pure function from named parameters and named columns to the loss, plus what a fitter
+cannot guess: bounds, where starts are drawn, which parameters multiply a power of N or D, which
+are informed only by quantized rows. Fitting, intervals and prediction read this declaration and
+know no law by name, so a new law is one function and one list of parameters.
 
 Fitted coordinates. Positive parameters are fitted as logarithms. An amplitude such as A in
-``A N^-α`` is barely identified by itself (log A and α are correlated to within 1e-3 of one), so
-its coordinate is the logarithm of its term at the table's geometric mean N and D. That removes
-most of the correlation and makes one pair of bounds, in nats, fit every exponent.
+``A N^-α`` is barely identified by itself, since log A and α all but trade off, so its coordinate
+is the logarithm of its term at the table's geometric mean N and D. That removes most of the
+correlation and makes one pair of bounds, in nats, fit every exponent.
 
 Edge of the domain. The efficiency ``1 - exp(-P/γ + n)`` reaches zero at ``P = γ n`` and means
 nothing below. A fitter must be able to stand there and find its way back, so below
-`MIN_EFFICIENCY` the function continues as a positive, decreasing hyperbola with the same value
-and slope: the objective stays finite and worsens the further out it goes. A prediction there is
-NaN, since the continuation is a device of the fit and no claim about a model.
+`MIN_EFFICIENCY` the function continues as a positive hyperbola with the same value and slope: the
+objective stays finite and worsens the further out it goes. A prediction there is NaN, since the
+continuation is a device of the fit and no claim about a model.
 
-Sources: Hoffmann et al. 2022, arXiv 2203.15556; Besiroglu et al. 2024, arXiv 2404.10102; Kumar
-et al. 2024, arXiv 2411.04330.
+Sources: Hoffmann et al. 2022, arXiv 2203.15556; Kumar et al. 2024, arXiv 2411.04330.
 """
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -33,11 +30,12 @@ import pandas as pd
 from jax import Array
 from numpy.typing import NDArray
 
-from qat.laws.table import BITS_COLUMNS, UNQUANTIZED_BITS, Table, as_table
+from qat.laws.table import BITS_COLUMNS, UNQUANTIZED_BITS, Table, as_table, unknown_name
 
 MIN_EFFICIENCY = 1e-3
 
 # Arrays end in their axes: P parameters of a law, R rows of a table.
+Floats = NDArray[np.float64]
 Values = Mapping[str, Array]
 RowFunction = Callable[[Values, Values], Array]
 
@@ -53,8 +51,7 @@ class Parameter:
         starts: range from which a fit draws its starts, uniform in the fitted coordinate.
         signed: fitted as it is; otherwise it is positive and fitted as a logarithm.
         powers: for an amplitude, the powers it multiplies, as (column, name of the exponent,
-            sign). Bounds and starts then hold for amplitude times powers at the geometric mean of
-            those columns.
+            sign). Bounds and starts are then those of the product at the columns' geometric mean.
     """
 
     name: str
@@ -84,6 +81,10 @@ class Group:
     parameters: tuple[str, ...]
     neutral: tuple[float, ...]
 
+    def informed_by(self, columns: Mapping[str, Floats]) -> NDArray[np.bool_]:
+        """Which rows inform the group, shape (R,)."""
+        return np.less(columns[self.column], UNQUANTIZED_BITS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -92,8 +93,8 @@ class Law:
     Attributes:
         name: the name `get_law` knows it by.
         formula: the law in one line, for reports.
-        loss: maps parameters (scalars) and columns to the loss in nats per token. It must be
-            elementwise over rows, because fits differentiate it row by row.
+        loss: maps parameters (scalars) and columns to the loss in nats per token, elementwise
+            over rows: fits differentiate it row by row.
         parameters: their order is the order of every P axis.
         columns: the columns ``loss`` reads.
         groups: parameters that need quantized rows.
@@ -118,7 +119,7 @@ class Law:
 
         Args:
             u_P: fitted coordinates, float64, shape (..., P).
-            mean_log: mean logarithm of each column, scalars; the centre of the amplitudes.
+            mean_log: mean logarithm of each column, the centre of the amplitudes.
             free_P: False where the parameter has no data and takes its neutral value.
 
         Returns:
@@ -127,18 +128,16 @@ class Law:
         neutral = {n: v for g in self.groups for n, v in zip(g.parameters, g.neutral, strict=True)}
         raw = {p.name: u_P[..., i] for i, p in enumerate(self.parameters)}
         plain = {p.name: raw[p.name] if p.signed else jnp.exp(raw[p.name]) for p in self.parameters}
-        values = {}
-        for i, p in enumerate(self.parameters):
-            value = plain[p.name]
+        for p in self.parameters:
             if p.powers:
                 shift = sum(sign * plain[name] * mean_log[col] for col, name, sign in p.powers)
-                value = jnp.exp(raw[p.name] - shift)
-            values[p.name] = jnp.where(free_P[i], value, neutral.get(p.name, np.nan))
-        return values
+                plain[p.name] = jnp.exp(raw[p.name] - shift)
+        return {
+            name: jnp.where(free_P[i], plain[name], neutral.get(name, np.nan))
+            for i, name in enumerate(self.names)
+        }
 
-    def predict(
-        self, params: Mapping[str, float], table: Table | pd.DataFrame
-    ) -> NDArray[np.float64]:
+    def predict(self, params: Mapping[str, float], table: Table | pd.DataFrame) -> Floats:
         """Predicts the loss of every row.
 
         Args:
@@ -147,8 +146,8 @@ class Law:
             table: runs with the columns the law reads; no loss is needed.
 
         Returns:
-            Loss in nats per token, float64, shape (R,), a value per row of ``as_table(table)``.
-            NaN where the row lies outside the law's domain or needs a group that was not fitted.
+            Nats per token, float64, shape (R,), for the rows of ``as_table(table)``. NaN where a
+            row lies outside the law's domain or needs a group that was not fitted.
 
         Raises:
             ValueError: if a parameter or a column is missing.
@@ -156,28 +155,24 @@ class Law:
         missing = [name for name in self.names if name not in params]
         if missing:
             raise ValueError(f"law {self.name!r} needs a value for {', '.join(missing)}")
-        columns_R = as_table(table, required=("params", "tokens")).columns(self.columns)
+        columns = as_table(table, required=()).columns(self.columns)
         values = {name: float(params[name]) for name in self.names}
-        known_R = np.ones(len(columns_R["params"]), bool)
+        unknown_R = np.zeros(len(columns[self.columns[0]]), bool)
         for group in self.groups:
             if any(np.isnan(values[name]) for name in group.parameters):
                 values |= zip(group.parameters, group.neutral, strict=True)
-                known_R &= columns_R[group.column] >= UNQUANTIZED_BITS
+                unknown_R |= group.informed_by(columns)
         with float64_on_cpu():
-            arguments = jax.tree.map(jnp.asarray, (values, columns_R))
+            arguments = jax.tree.map(jnp.asarray, (values, columns))
             loss_R = np.asarray(self.loss(*arguments))
             if self.domain is not None:
-                known_R &= np.asarray(self.domain(*arguments))
-        return np.where(known_R, loss_R, np.nan)
+                unknown_R |= ~np.asarray(self.domain(*arguments))
+        return np.where(unknown_R, np.nan, loss_R)
 
 
 @contextlib.contextmanager
 def float64_on_cpu() -> Iterator[None]:
-    """Runs JAX in float64 on the CPU, whatever the process uses elsewhere.
-
-    The residuals of a good fit are 1e-3 of the loss and its curvature a million times less, which
-    float32 cannot hold; the flag is scoped so that training code in the same process keeps its own.
-    """
+    """Runs JAX in float64 on the CPU; training code in the same process keeps its settings."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
@@ -191,8 +186,7 @@ def get_law(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
     if law not in LAWS:
-        near = difflib.get_close_matches(law, LAWS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown law {law!r}: did you mean {near!r}? known: {', '.join(LAWS)}")
+        raise unknown_name("law", law, LAWS)
     return LAWS[law]
 
 
@@ -226,10 +220,9 @@ def _precision_efficiencies(p: Values, c: Values) -> tuple[Array, Array, Array]:
 def _precision_loss(p: Values, c: Values) -> Array:
     """Kumar et al. 2024 with the offsets n_x of its appendix K, in nats per token.
 
-    α and β are free of each other, where the paper's Table 2 ties them. 16 bits are a width like
-    any other in the efficiencies, as in the paper. The last term is the paper's Eq. 2, for PTQ of
-    models trained in (nearly) high precision; the factors ``[1 - exp(-C_x (P_x - P_post))]`` by
-    which training in low precision softens it are not in this law and come with a later one.
+    α and β are untied, unlike the paper's Table 2, and 16 bits are a width like any other in the
+    efficiencies. The last term is the paper's Eq. 2, for PTQ of models of (nearly) high precision;
+    its factors ``[1 - exp(-C_x (P_x - P_post))]`` for the others are left to a later law.
     """
     weights, activations, kv_cache = _precision_efficiencies(p, c)
     effective_params = c["params"] * weights * activations * kv_cache
@@ -244,83 +237,63 @@ def _precision_domain(p: Values, c: Values) -> Array:
     return jnp.minimum(jnp.minimum(weights, activations), kv_cache) >= MIN_EFFICIENCY
 
 
-def _gamma(name: str, quantity: str) -> Parameter:
-    return Parameter(name, f"bits over which {quantity} falls e-fold", (0.1, 30.0), (0.3, 4.0))
+def _amplitude(name: str, meaning: str, *powers: tuple[str, str, int]) -> Parameter:
+    return Parameter(name, meaning, (1e-8, 1e8), (0.03, 3.0), powers=powers)
 
 
-def _offset(name: str, operand: str) -> Parameter:
-    meaning = f"offset in the exponent of the {operand} efficiency, no unit"
+def _width(name: str, meaning: str) -> Parameter:
+    return Parameter(name, meaning, (0.1, 30.0), (0.3, 4.0))
+
+
+def _offset(name: str, meaning: str) -> Parameter:
     return Parameter(name, meaning, (-5.0, 10.0), (-1.0, 1.5), signed=True)
 
 
-_CHINCHILLA_PARAMETERS = (
-    Parameter(
-        "A",
-        "amplitude of the model term, nats · parameters^alpha",
-        bounds=(1e-8, 1e4),
-        starts=(0.03, 3.0),
-        powers=(("params", "alpha", -1),),
-    ),
-    Parameter(
-        "B",
-        "amplitude of the data term, nats · tokens^beta",
-        bounds=(1e-8, 1e4),
-        starts=(0.03, 3.0),
-        powers=(("tokens", "beta", -1),),
-    ),
-    Parameter("E", "irreducible loss, nats per token", (1e-4, 100.0), (0.3, 4.0)),
-    Parameter("alpha", "exponent of the model term, no unit", (1e-2, 5.0), (0.1, 1.0)),
-    Parameter("beta", "exponent of the data term, no unit", (1e-2, 5.0), (0.1, 1.0)),
-)
-
-_PRECISION_PARAMETERS = (
-    *_CHINCHILLA_PARAMETERS,
-    _gamma("gamma_w", "1 - efficiency of the weights"),
-    _offset("n_w", "weight"),
-    _gamma("gamma_a", "1 - efficiency of the activations"),
-    _offset("n_a", "activation"),
-    _gamma("gamma_kv", "1 - efficiency of the KV cache"),
-    _offset("n_kv", "KV cache"),
-    Parameter(
-        "C_T",
-        "amplitude of the PTQ term, nats · parameters^gamma_N / tokens^gamma_D",
-        bounds=(1e-8, 1e8),
-        starts=(0.1, 100.0),
-        powers=(("tokens", "gamma_D", 1), ("params", "gamma_N", -1)),
-    ),
-    Parameter(
-        "gamma_D", "exponent of tokens in the PTQ term", (-5.0, 5.0), (0.0, 1.0), signed=True
-    ),
-    Parameter(
-        "gamma_N", "exponent of 1/params in the PTQ term", (-5.0, 5.0), (0.0, 1.0), signed=True
-    ),
-    _gamma("gamma_post", "the PTQ term"),
-)
-
-LAWS = {
-    law.name: law
-    for law in (
-        Law(
-            name="chinchilla",
-            formula="A N^-alpha + B D^-beta + E",
-            loss=_chinchilla_loss,
-            parameters=_CHINCHILLA_PARAMETERS,
-            columns=("params", "tokens"),
+CHINCHILLA = Law(
+    name="chinchilla",
+    formula="A N^-alpha + B D^-beta + E",
+    loss=_chinchilla_loss,
+    parameters=(
+        _amplitude(
+            "A", "amplitude of the model term, nats · params^alpha", ("params", "alpha", -1)
         ),
-        Law(
-            name="precision",
-            formula="A N_eff^-alpha + B D^-beta + E + C_T D^gamma_D / N^gamma_N exp(-P_post/"
-            "gamma_post), N_eff = N prod_x (1 - exp(-P_x/gamma_x + n_x)) for x = w, a, kv",
-            loss=_precision_loss,
-            parameters=_PRECISION_PARAMETERS,
-            columns=("params", "tokens", *BITS_COLUMNS),
-            groups=(
-                Group("weight_bits", ("gamma_w", "n_w"), (1.0, -np.inf)),
-                Group("activation_bits", ("gamma_a", "n_a"), (1.0, -np.inf)),
-                Group("kv_bits", ("gamma_kv", "n_kv"), (1.0, -np.inf)),
-                Group("ptq_bits", ("C_T", "gamma_D", "gamma_N", "gamma_post"), (0.0, 0, 0, 1.0)),
-            ),
-            domain=_precision_domain,
+        _amplitude("B", "amplitude of the data term, nats · tokens^beta", ("tokens", "beta", -1)),
+        Parameter("E", "irreducible loss, nats per token", (1e-4, 100.0), (0.3, 4.0)),
+        Parameter("alpha", "exponent of the model term, no unit", (1e-2, 5.0), (0.1, 1.0)),
+        Parameter("beta", "exponent of the data term, no unit", (1e-2, 5.0), (0.1, 1.0)),
+    ),
+    columns=("params", "tokens"),
+)
+PRECISION = Law(
+    name="precision",
+    formula="A N_eff^-alpha + B D^-beta + E + C_T D^gamma_D N^-gamma_N exp(-P_post/gamma_post), "
+    "N_eff = N prod_x (1 - exp(-P_x/gamma_x + n_x)), x = w, a, kv",
+    loss=_precision_loss,
+    parameters=(
+        *CHINCHILLA.parameters,
+        _width("gamma_w", "bits over which the weights' loss of efficiency falls e-fold"),
+        _offset("n_w", "offset in the exponent of the weights' efficiency"),
+        _width("gamma_a", "bits over which the activations' loss of efficiency falls e-fold"),
+        _offset("n_a", "offset in the exponent of the activations' efficiency"),
+        _width("gamma_kv", "bits over which the KV cache's loss of efficiency falls e-fold"),
+        _offset("n_kv", "offset in the exponent of the KV cache's efficiency"),
+        _amplitude(
+            "C_T",
+            "amplitude of the PTQ term, nats · params^gamma_N / tokens^gamma_D",
+            ("tokens", "gamma_D", 1),
+            ("params", "gamma_N", -1),
         ),
-    )
-}
+        Parameter("gamma_D", "exponent of tokens in the PTQ term", (-3.0, 3.0), (0.0, 1.0), True),
+        Parameter("gamma_N", "exponent of 1 / params, likewise", (-3.0, 3.0), (0.0, 1.0), True),
+        _width("gamma_post", "bits over which the PTQ term falls e-fold"),
+    ),
+    columns=("params", "tokens", *BITS_COLUMNS),
+    groups=(
+        Group("weight_bits", ("gamma_w", "n_w"), (1.0, -np.inf)),
+        Group("activation_bits", ("gamma_a", "n_a"), (1.0, -np.inf)),
+        Group("kv_bits", ("gamma_kv", "n_kv"), (1.0, -np.inf)),
+        Group("ptq_bits", ("C_T", "gamma_D", "gamma_N", "gamma_post"), (0.0, 0.0, 0.0, 1.0)),
+    ),
+    domain=_precision_domain,
+)
+LAWS = {law.name: law for law in (CHINCHILLA, PRECISION)}

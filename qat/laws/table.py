@@ -15,8 +15,9 @@ error name the row that caused it. The rules:
 """
 
 import dataclasses
+import difflib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -122,6 +123,12 @@ def as_table(
     return Table(frame, left_out=len(runs) - len(frame))
 
 
+def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return ValueError(f"unknown {kind} {name!r}: did you mean {near!r}? known: {', '.join(known)}")
+
+
 def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in frame]
     if missing:
@@ -151,7 +158,8 @@ def _checked(
     expected: str,
 ) -> NDArray[np.float64]:
     """The column in float64, or a ValueError naming the first row that is not allowed."""
-    values = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    numeric = pd.to_numeric(frame[name], errors="coerce")
+    values: NDArray[np.float64] = numeric.to_numpy(np.float64, na_value=np.nan)
     bad = np.flatnonzero(~(np.isfinite(values) & allowed(values)))
     if bad.size:
         row, value = frame.index[bad[0]], frame[name].iloc[bad[0]]

@@ -5,40 +5,39 @@ loss, which assumes neither a distribution of the residuals nor a constant varia
 skew that A and B have. It sees sampling error only; that another form of law would fit as well is
 not in it. A resample is a multinomial vector of row weights, so that all resamples share one table.
 
-A converged fit can still mean nothing, so the diagnostics ask of the data what an optimiser
-cannot: is there a row that informs each parameter at all, are there enough bit widths to tell a
-slope from an offset, do other starts find the same optimum, does a parameter sit at a bound of its
-range. "(Mis)fitting: A Survey of Scaling Laws" (arXiv 2502.18969) lists what a fit should
-report; a `Fit` carries it into its JSON.
+A converged fit can still mean nothing, so the diagnostics ask what an optimiser cannot: is there a
+row that informs each parameter at all, are there enough bit widths to tell a slope from an offset,
+do other starts find the same optimum, does a parameter sit at a bound of its range. What a fit
+should report follows "(Mis)fitting: A Survey of Scaling Laws", arXiv 2502.18969.
 """
 
 import dataclasses
-import difflib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qat.laws.forms import Group, Law, Parameter, get_law
-from qat.laws.table import UNITS, UNQUANTIZED_BITS, Table
+from qat.laws.forms import Law, get_law
+from qat.laws.table import UNITS, Table, unknown_name
 
 # Arrays end in their axes: S bootstrap resamples, R rows, P parameters.
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Intervals = dict[str, tuple[float, float]]
 
 LOSSES = ("huber", "lad", "l2")
-LAD_DELTA = 1e-8
+LAD_DELTA = 1e-7
 PERCENTILES = (2.5, 97.5)
 # A slope and an offset in bits are two numbers: a third width is the first to test them.
 LEAST_WIDTHS = 3
+LEAST_AGREEMENT = 0.05
 # Wider than this, in the logarithm of a positive parameter or in a signed one itself, an interval
 # does not even give the order of magnitude of what the parameter multiplies.
 WIDEST_INTERVAL = np.log(10.0)
-LARGEST = float(np.finfo(np.float64).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            near = difflib.get_close_matches(self.loss, LOSSES, n=1, cutoff=0.0)[0]
-            known = ", ".join(LOSSES)
-            raise ValueError(f"unknown loss {self.loss!r}: did you mean {near!r}? known: {known}")
+            raise unknown_name("loss", self.loss, LOSSES)
         if not 0 < self.delta < np.inf:
             raise ValueError(f"delta must be positive and finite, not {self.delta}")
         for name, least in (("bootstrap", 0), ("starts", 1)):
@@ -76,10 +73,9 @@ class Diagnostics:
         objective: the loss summed over rows, of residuals in log loss. For "lad" the sum of their
             absolute values, for "l2" half the sum of their squares.
         gradient_norm: Euclidean norm of the objective's gradient in the fitted coordinates
-            (logarithms of positive parameters, centred amplitudes), without the components that
-            push against a bound.
-        condition_number: of JᵀWJ at the optimum in those coordinates, scaled to unit diagonal,
-            with W the weights of iteratively reweighted least squares.
+            (logarithms of positive parameters, centred amplitudes) that are not at a bound.
+        condition_number: of JᵀWJ in those coordinates, scaled to unit diagonal, with W the weights
+            of iteratively reweighted least squares.
         share_at_best: share of starts whose objective is within 1e-6 (relative) of the best.
         bootstrap_converged: share of resamples whose fit met the solver's tolerance; NaN if none.
         rows: rows fitted.
@@ -122,22 +118,11 @@ class Diagnostics:
             "unidentified": self.unidentified,
         }
         lines = [f"{label}: {', '.join(names)}" for label, names in lists.items() if names]
+        if self.share_at_best < LEAST_AGREEMENT:
+            lines.append(f"best optimum found by only {self.share_at_best:.1%} of the starts")
         if self.rows_outside_domain:
             lines.append(f"outside the domain of the fitted law: {self.rows_outside_domain} rows")
         return tuple(lines)
-
-
-class Optimum(NamedTuple):
-    """What the solver found; P axes are in the fitted coordinates."""
-
-    objective: float
-    gradient_P: Floats
-    curvature_PP: Floats
-    free_P: Bools
-    at_bound_P: Bools
-    share_at_best: float
-    samples: dict[str, Floats]
-    bootstrap_converged: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +141,7 @@ class Fit:
 
     law: Law
     params: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: Intervals
     samples: dict[str, Floats]
     diagnostics: Diagnostics
     settings: Settings
@@ -187,7 +172,8 @@ class Fit:
             | {parameter.name: parameter.meaning for parameter in self.law.parameters},
             "samples": {name: draws_S.tolist() for name, draws_S in self.samples.items()},
         }
-        return json.dumps(_null_for_nan(content), indent=1, allow_nan=False)
+        content = _map_leaves(lambda leaf: None if leaf != leaf else leaf, content)  # NaN != NaN
+        return json.dumps(content, indent=1, allow_nan=False)
 
 
 def load(path: str | pathlib.Path, law: Law | None = None) -> Fit:
@@ -200,20 +186,21 @@ def load(path: str | pathlib.Path, law: Law | None = None) -> Fit:
     Raises:
         ValueError: if the file is of another law, or of one that is not known.
     """
-    content = _nan_for_null(json.loads(pathlib.Path(path).read_text()))
-    law = law or get_law(content["law"])
-    if law.name != content["law"]:
-        raise ValueError(f"{path} holds a fit of law {content['law']!r}, not of {law.name!r}")
-    diagnostics = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in content["diagnostics"].items()
+    saved = json.loads(pathlib.Path(path).read_text())
+    saved = _map_leaves(lambda leaf: np.nan if leaf is None else leaf, saved)
+    law = law or get_law(saved["law"])
+    if law.name != saved["law"]:
+        raise ValueError(f"{path} holds a fit of law {saved['law']!r}, not of {law.name!r}")
+    findings: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in saved["diagnostics"].items()
     }
     return Fit(
         law=law,
-        params=content["params"],
-        intervals={name: (low, high) for name, (low, high) in content["intervals"].items()},
-        samples={name: np.asarray(draws) for name, draws in content["samples"].items()},
-        diagnostics=Diagnostics(**diagnostics),
-        settings=Settings(**content["settings"]),
+        params=saved["params"],
+        intervals={name: (low, high) for name, (low, high) in saved["intervals"].items()},
+        samples={name: np.asarray(draws) for name, draws in saved["samples"].items()},
+        diagnostics=Diagnostics(**findings),
+        settings=Settings(**saved["settings"]),
     )
 
 
@@ -224,33 +211,35 @@ def free_parameters(law: Law, table: Table) -> Bools:
         ValueError: if the rows are fewer than those parameters, or a column with an exponent that
             every row informs has a single value.
     """
-    idle = {name for g in law.groups if not _activated(g, table).any() for name in g.parameters}
-    grouped = {name for g in law.groups for name in g.parameters}
+    columns = table.columns(law.columns)
+    grouped = {name for group in law.groups for name in group.parameters}
+    idle = {n for g in law.groups if not g.informed_by(columns).any() for n in g.parameters}
     free_P = np.array([name not in idle for name in law.names])
     if len(table) < free_P.sum():
         raise ValueError(f"{len(table)} rows cannot fit {free_P.sum()} parameters of {law.name!r}")
-    for parameter in law.parameters:
-        for column, exponent, _ in parameter.powers:
-            values_R = table.frame[column]
-            if exponent not in grouped and values_R.nunique() == 1:
-                raise ValueError(
-                    f"all {len(table)} rows have {column} = {values_R.iloc[0]:g}: "
-                    f"the exponent {exponent} needs at least two values"
-                )
+    for column, exponent, _ in (term for p in law.parameters for term in p.powers):
+        value, distinct = columns[column][0], len(np.unique(columns[column]))
+        if exponent not in grouped and distinct == 1:
+            raise ValueError(
+                f"all {len(table)} rows have {column} = {value:g}: "
+                f"the exponent {exponent} needs at least two values"
+            )
     return free_P
 
 
-def too_few_values(law: Law, table: Table) -> tuple[str, ...]:
+def too_few_values(law: Law, table: Table) -> set[str]:
     """Parameters of active groups whose column takes too few distinct values to tell them."""
-    powers = {p.name: p.powers for p in law.parameters}
-    found: list[str] = []
+    columns = table.columns(law.columns)
+    powers = {parameter.name: parameter.powers for parameter in law.parameters}
+    found: set[str] = set()
     for group in law.groups:
-        frame = table.frame[_activated(group, table)]
-        if 0 < frame[group.column].nunique() < LEAST_WIDTHS:
-            found += group.parameters
-        exponents = [term for name in group.parameters for term in powers[name]]
-        found += [name for column, name, _ in exponents if frame[column].nunique() == 1]
-    return tuple(name for name in law.names if name in found)
+        rows = group.informed_by(columns)
+        distinct = {name: len(np.unique(column_R[rows])) for name, column_R in columns.items()}
+        if 0 < distinct[group.column] < LEAST_WIDTHS:
+            found |= set(group.parameters)
+        terms = [term for name in group.parameters for term in powers[name]]
+        found |= {exponent for column, exponent, _ in terms if distinct[column] == 1}
+    return found
 
 
 def resample_weights(rng: np.random.Generator, resamples: int, rows: int) -> Floats:
@@ -258,80 +247,52 @@ def resample_weights(rng: np.random.Generator, resamples: int, rows: int) -> Flo
     return rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
 
 
-def percentile_interval(draws_S: Floats) -> tuple[float, float]:
+def percentile_interval(draws_S: Floats | None) -> tuple[float, float]:
     """The 95% percentile interval of bootstrap draws; (nan, nan) of none."""
-    if not draws_S.size:
+    if draws_S is None or not draws_S.size:
         return (np.nan, np.nan)
     low, high = np.percentile(draws_S, PERCENTILES)
     return (float(low), float(high))
 
 
-def report(
-    law: Law, table: Table, settings: Settings, params: dict[str, float], optimum: Optimum
-) -> Fit:
-    """Draws up the fit that an optimum and its bootstrap amount to."""
-    intervals = {n: percentile_interval(optimum.samples.get(n, np.empty(0))) for n in law.names}
-    few_values, at_bound = too_few_values(law, table), _named(law, optimum.at_bound_P)
-    unidentified_P = [
-        p.name in {*few_values, *at_bound} or _is_wide(p, *intervals[p.name])
-        for p in law.parameters
-    ]
-    predicted_R, log_loss_R = law.predict(params, table), np.log(table.columns(["loss"])["loss"])
+def condition_number(curvature_PP: Floats) -> float:
+    """Condition number after scaling to unit diagonal; the largest float if singular."""
+    scale_P = np.sqrt(np.maximum(np.diagonal(curvature_PP), np.finfo(np.float64).tiny))
+    scaled_PP = curvature_PP / np.outer(scale_P, scale_P)
+    return float(min(np.linalg.cond(scaled_PP), np.finfo(np.float64).max))
+
+
+def diagnose(
+    law: Law, table: Table, params: dict[str, float], intervals: Intervals, solver: dict[str, Any]
+) -> Diagnostics:
+    """Adds to what the solver says of its optimum what the table and the intervals say of it."""
+    observed_R, predicted_R = table.columns(["loss"])["loss"], law.predict(params, table)
     inside_R = ~np.isnan(predicted_R)
-    residual_R = (np.log(predicted_R) - log_loss_R)[inside_R]
-    free_P, unit = optimum.free_P, LAD_DELTA if settings.loss == "lad" else 1.0
-    diagnostics = Diagnostics(
-        objective=optimum.objective / unit,
-        gradient_norm=float(np.linalg.norm(optimum.gradient_P[free_P & ~optimum.at_bound_P]))
-        / unit,
-        condition_number=condition_number(optimum.curvature_PP[np.ix_(free_P, free_P)]),
-        share_at_best=optimum.share_at_best,
-        bootstrap_converged=optimum.bootstrap_converged,
+    log_loss_R = np.log(observed_R[inside_R])
+    residual_R = np.log(predicted_R[inside_R]) - log_loss_R
+    few_values = too_few_values(law, table)
+    suspect = few_values | set(solver["at_bound"])
+    for parameter in law.parameters:
+        low, high = map(parameter.coordinate, intervals[parameter.name])
+        if high - low > WIDEST_INTERVAL:
+            suspect.add(parameter.name)
+    return Diagnostics(
+        **solver,
         rows=len(table),
         sizes=len(table.frame[["params", "tokens"]].drop_duplicates()),
         rows_left_out=table.left_out,
         rows_outside_domain=int((~inside_R).sum()),
-        r2=1 - float(np.mean(residual_R**2) / np.var(log_loss_R[inside_R])),
+        r2=1 - float(np.mean(residual_R**2) / (np.var(log_loss_R) or np.nan)),
         median_relative_error=float(np.median(np.abs(np.expm1(residual_R)))),
-        no_data=_named(law, ~free_P),
-        few_values=few_values,
-        at_bound=at_bound,
-        unidentified=_named(law, unidentified_P),
+        no_data=tuple(name for name in law.names if np.isnan(params[name])),
+        few_values=tuple(name for name in law.names if name in few_values),
+        unidentified=tuple(name for name in law.names if name in suspect),
     )
-    return Fit(law, params, intervals, optimum.samples, diagnostics, settings)
 
 
-def _named(law: Law, mask_P: Sequence[bool] | Bools) -> tuple[str, ...]:
-    return tuple(name for name, chosen in zip(law.names, mask_P, strict=True) if chosen)
-
-
-def _is_wide(parameter: Parameter, low: float, high: float) -> bool:
-    return parameter.coordinate(high) - parameter.coordinate(low) > WIDEST_INTERVAL
-
-
-def condition_number(curvature_PP: Floats) -> float:
-    """Condition number after scaling to unit diagonal; the largest float if singular."""
-    scale_P = np.sqrt(np.diagonal(curvature_PP))
-    if not scale_P.all():
-        return LARGEST
-    return float(min(np.linalg.cond(curvature_PP / np.outer(scale_P, scale_P)), LARGEST))
-
-
-def _activated(group: Group, table: Table) -> Bools:
-    return table.frame[group.column].to_numpy() < UNQUANTIZED_BITS
-
-
-def _replace_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
+def _map_leaves(change: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _replace_leaves(value, change) for key, value in tree.items()}
+        return {key: _map_leaves(change, value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_replace_leaves(value, change) for value in tree]
+        return [_map_leaves(change, value) for value in tree]
     return change(tree)
-
-
-def _null_for_nan(tree: Any) -> Any:
-    return _replace_leaves(tree, lambda x: None if isinstance(x, float) and np.isnan(x) else x)
-
-
-def _nan_for_null(tree: Any) -> Any:
-    return _replace_leaves(tree, lambda x: np.nan if x is None else x)

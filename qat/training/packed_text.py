@@ -14,6 +14,8 @@ The format and the data source are those TFDS has without TensorFlow. This modul
 `data` because importing TFDS is slow.
 """
 
+import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -94,7 +96,8 @@ def write(
         tfds.disable_progress_bar()
     builder = PackedText(records=records, metadata=metadata, data_dir=path.parents[1])
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+            builder.download_and_prepare()
     except OSError:
         if not is_prepared(path):  # else another process was faster, and the rename failed
             raise

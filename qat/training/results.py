@@ -101,7 +101,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_rows(folder: Path) -> pd.DataFrame:

@@ -71,7 +71,7 @@ class Programs:
 
     init_state: Callable[[Any], TrainState]
     train_step: Callable[[TrainState, Constants, Schedule, Any], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Params, Constants, Any], Float[Array, "B"]]
+    eval_step: Callable[[Params, Constants, Any], Float[Array, " B"]]
     batch_sharding: NamedSharding
     state_sharding: TrainState
 
@@ -126,12 +126,13 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """Cross entropy of every token but the first of each record, in nats."""
     logits_BTV = task.apply(params, constants, tokens_BS[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BS[:, 1:])
+    log_probability_BTV = jax.nn.log_softmax(logits_BTV)
+    return -jnp.take_along_axis(log_probability_BTV, tokens_BS[:, 1:, None], axis=-1)[..., 0]
 
 
 def evaluate(
     programs: Programs, params: Params, constants: Constants, batches: Iterable[np.ndarray]
-) -> Float[np.ndarray, "R"]:
+) -> Float[np.ndarray, " R"]:
     """Mean loss of each of R sequences, nats per token, float64; to be averaged or paired."""
     losses = [
         programs.eval_step(params, constants, jax.device_put(tokens, programs.batch_sharding))
@@ -140,7 +141,7 @@ def evaluate(
     return np.concatenate([np.asarray(loss, np.float64) for loss in losses])
 
 
-def mean_and_standard_error(losses_R: Float[np.ndarray, "R"]) -> tuple[float, float]:
+def mean_and_standard_error(losses_R: Float[np.ndarray, " R"]) -> tuple[float, float]:
     """Mean of per-sequence losses and its standard error, taking sequences as independent."""
     count = losses_R.size
     spread = float(np.std(losses_R, ddof=1)) if count > 1 else float("nan")

@@ -1,0 +1,80 @@
+"""Progress of long work: a bar with the time left on a terminal, plain lines otherwise."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Meter:
+    """Counts units of work as they are done; safe to use from several threads."""
+
+    def __init__(self, title: str, total: float, unit: str = ""):
+        self._title, self._total, self._unit = title, total, unit
+        self._done = 0.0
+        self._start = self._last_line = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "Meter":
+        if sys.stdout.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(self._unit),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+            )
+            self._bar = Progress(*columns)
+            self._task = self._bar.add_task(self._title, total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, amount: float) -> None:
+        """Adds work done; shows it."""
+        with self._lock:
+            self._done += amount
+            if self._bar:
+                self._bar.advance(self._task, amount)
+                return
+            now = time.monotonic()
+            if now - self._last_line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
+                self._last_line = now
+                elapsed = now - self._start
+                left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+                print(
+                    f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, "
+                    f"{elapsed:.0f} s, {max(left, 0):.0f} s left",
+                    flush=True,
+                )
+
+    def say(self, line: str) -> None:
+        """Prints a line beside the bar."""
+        if self._bar:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)

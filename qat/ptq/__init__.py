@@ -1,0 +1,132 @@
+"""Post-training quantization: one method a file, one door for all of them.
+
+A method turns a weight and a quantizer into a `QTensor`. The door finds the weights: it walks
+the model, takes every dense layer's kernel with the contraction axes that the layer itself
+declares (never guessed from a shape), and reports every parameter, quantized or not, and why.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qat.ptq.rtn import round_to_nearest
+from qat.quantizer import QTensor, Quantizer
+
+Model = TypeVar("Model", bound=nnx.Module)
+Method = Callable[[jax.Array, Quantizer, tuple[int, ...]], QTensor]
+
+_METHODS: dict[str, Method] = {"rtn": round_to_nearest}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """What became of one parameter.
+
+    Attributes:
+        path: "/"-separated.
+        quantized: whether its values changed.
+        reason: the quantizer, or why the parameter was left alone.
+        nbytes: of codes and scales, or of the parameter as it is.
+        relative_error: root mean square error over root mean square; 0 if left alone.
+    """
+
+    path: str
+    quantized: bool
+    reason: str
+    nbytes: int
+    relative_error: float
+
+
+def quantize(
+    model: Model, method: str, quantizer: Quantizer, skip: str = ""
+) -> tuple[Model, list[ParameterReport]]:
+    """Quantizes the weights of a trained NNX model.
+
+    Args:
+        model: any NNX module; it stays as it is.
+        method: "rtn".
+        quantizer: of the kernels, along their contraction axes.
+        skip: regular expression; layers whose whole path matches stay unquantized.
+
+    Returns:
+        A copy to be called as before, with dequantized values in its kernels, and a report of
+        every parameter.
+
+    Raises:
+        ValueError: unknown method, invalid `skip`, or nothing to quantize.
+    """
+    if method not in _METHODS:
+        nearest = difflib.get_close_matches(method, _METHODS, 1, 0.0)[0]
+        raise ValueError(
+            f"unknown method {method!r}: expected one of {', '.join(_METHODS)}; "
+            f"nearest is {nearest!r}"
+        )
+    try:
+        re.compile(skip)
+    except re.error as error:
+        raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
+    copy = nnx.clone(model)
+    layers = _dense_layers(copy)
+    reports = [
+        _quantize_parameter(path, parameter, layers, _METHODS[method], quantizer, skip)
+        for path, parameter in _parameters(copy)
+    ]
+    if not any(report.quantized for report in reports):
+        raise ValueError(
+            f"nothing to quantize: the model has {len(layers)} dense layers, skip is {skip!r}"
+        )
+    return copy, reports
+
+
+def _parameters(model: nnx.Module) -> list[tuple[str, nnx.Param[jax.Array]]]:
+    """Parameters with the path of their layer and their own name."""
+    nodes = nnx.iter_graph(model)
+    return [("/".join(map(str, path)), node) for path, node in nodes if isinstance(node, nnx.Param)]
+
+
+def _dense_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral]:
+    """Dense layers by path."""
+    nodes = nnx.iter_graph(model)
+    dense = (nnx.Linear, nnx.LinearGeneral)
+    return {"/".join(map(str, path)): node for path, node in nodes if isinstance(node, dense)}
+
+
+def _quantize_parameter(
+    path: str,
+    parameter: nnx.Param[jax.Array],
+    layers: dict[str, nnx.Linear | nnx.LinearGeneral],
+    method: Method,
+    quantizer: Quantizer,
+    skip: str,
+) -> ParameterReport:
+    """Quantizes one parameter in place, if it is the kernel of a layer that is not skipped."""
+    layer, _, name = path.rpartition("/")
+    weight = parameter[...]
+    if layer not in layers or name != "kernel":
+        return ParameterReport(path, False, "not the kernel of a dense layer", weight.nbytes, 0.0)
+    if re.fullmatch(skip, layer):
+        return ParameterReport(path, False, f"skipped by {skip!r}", weight.nbytes, 0.0)
+    stack, axes = _kernel_axes(layers[layer], weight.ndim)
+
+    def quantize_kernel(kernel: jax.Array) -> QTensor:
+        return method(kernel, quantizer, axes)
+
+    for _ in range(stack):
+        quantize_kernel = jax.vmap(quantize_kernel)
+    qtensor = quantize_kernel(weight)
+    parameter.set_value(qtensor.dequantize())
+    error = jnp.linalg.norm(parameter[...] - weight) / jnp.linalg.norm(weight)
+    return ParameterReport(path, True, str(quantizer), qtensor.nbytes, float(error))
+
+
+def _kernel_axes(layer: nnx.Linear | nnx.LinearGeneral, rank: int) -> tuple[int, tuple[int, ...]]:
+    """Leading axes over which a kernel is stacked, and the contraction axes of one kernel."""
+    inputs, outputs = np.size(layer.in_features), np.size(layer.out_features)
+    return rank - inputs - outputs, tuple(range(inputs))

@@ -1,0 +1,154 @@
+"""Figures of a report, each an SVG small enough to be read on a phone.
+
+One axis a figure, units on every axis, one colour a quantity throughout.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qat.laws import Fit, as_table
+from qat.report.findings import Summary
+
+_STYLE: dict[str, Any] = {
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "svg.hashsalt": "qat",
+    "figure.constrained_layout.use": True,
+}
+_SIZE_INCHES = (4.8, 4.3)
+_COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d", "#6b6b6b")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_FEWEST_NATS = 1e-4  # below this an added loss is off the logarithmic axis
+
+
+def training_effects(summary: Summary) -> str:
+    """Loss added by training at each policy, by size and budget, over the band of noise."""
+    table = summary.training[summary.training.policy != "none"]
+    table = table[table.seed == table.seed.min()]
+    order = table.groupby("policy").delta.mean().sort_values().index
+    position = {policy: place for place, policy in enumerate(order)}
+    with _figure() as (figure, axes):
+        cells = list(table.groupby(["params", "tokens"]))
+        for index, ((params, tokens), cell) in enumerate(cells):
+            shift = (index - (len(cells) - 1) / 2) * 0.1
+            axes.plot(
+                cell.policy.map(position) + shift,
+                cell.delta,
+                linestyle="none",
+                marker=_MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)],
+                label=f"N {params / 1e3:.0f}k, D {tokens / 1e6:.1f}M",
+            )
+        noise = 2 * summary.paired_noise
+        if np.isfinite(noise):
+            axes.axhspan(-noise, noise, color="#000000", alpha=0.1, lw=0, label="within noise")
+        axes.set_xticks(range(len(order)), list(order))
+        axes.set_xlabel("training policy (operand and bits)")
+        axes.set_ylabel("added loss (nats/token)")
+        return _svg(figure, axes)
+
+
+def rounding_by_tokens(summary: Summary, params: int) -> str:
+    """Loss added by rounding one size to each width, against its training tokens."""
+    table = summary.rounding[summary.rounding.params == params]
+    with _figure() as (figure, axes):
+        for index, (bits, group) in enumerate(table.groupby("bits")):
+            means = group.groupby("tokens").agg(delta=("delta", "mean"), se=("delta_se", "mean"))
+            means = means[means.delta > _FEWEST_NATS]
+            if means.empty:
+                continue
+            axes.errorbar(
+                means.index / 1e6,
+                means.delta,
+                yerr=np.minimum(means.se, 0.9 * means.delta),
+                marker=_MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)],
+                capsize=3,
+                label=f"{bits:g} bits",
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = np.unique(table.tokens) / 1e6
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("training tokens D (millions)")
+        axes.set_ylabel("loss added by rounding (nats/token)")
+        axes.set_title(f"N = {params:,} parameters", fontsize=12)
+        return _svg(figure, axes)
+
+
+def loss_by_tokens(summary: Summary) -> str:
+    """Validation loss of the unquantized runs against tokens, one line a size."""
+    table = summary.training[summary.training.policy == "none"]
+    with _figure() as (figure, axes):
+        for index, (params, group) in enumerate(table.groupby("params")):
+            means = group.groupby("tokens").agg(loss=("loss", "mean"), se=("loss_se", "mean"))
+            axes.errorbar(
+                means.index / 1e6,
+                means.loss,
+                yerr=means.se,
+                marker=_MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)],
+                capsize=3,
+                label=f"N = {params:,}",
+            )
+        axes.set_xscale("log")
+        ticks = np.unique(table.tokens) / 1e6
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("training tokens D (millions)")
+        axes.set_ylabel("validation loss (nats/token)")
+        return _svg(figure, axes)
+
+
+def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
+    """Loss by the fitted law against measured loss, trained and rounded models apart."""
+    ok = rows[rows.status == "ok"]
+    predicted = fit.predict(as_table(ok))
+    rounded = (ok.ptq_method != "none").to_numpy()
+    with _figure() as (figure, axes):
+        for index, (label, chosen) in enumerate((("trained", ~rounded), ("rounded", rounded))):
+            axes.plot(
+                ok.loss[chosen],
+                predicted[chosen],
+                linestyle="none",
+                marker=_MARKERS[index],
+                color=_COLOURS[index],
+                alpha=0.7,
+                label=f"{label} ({chosen.sum()} rows)",
+            )
+        ends = [ok.loss.min(), ok.loss.max()]
+        axes.plot(ends, ends, color="#000000", lw=0.8)
+        axes.set_xlabel("measured loss (nats/token)")
+        axes.set_ylabel("loss by the law (nats/token)")
+        return _svg(figure, axes)
+
+
+@contextmanager
+def _figure() -> Iterator[tuple[Figure, Axes]]:
+    """A figure in the report's style; no window system is touched."""
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=_SIZE_INCHES)
+        yield figure, figure.subplots()
+
+
+def _svg(figure: Figure, axes: Axes) -> str:
+    """The figure with its legend below the axis, where it hides nothing."""
+    entries = len(axes.get_legend_handles_labels()[0])
+    columns = 2 if entries == 2 else 3
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,186 @@
+"""The programs as a user calls them: bad input, a run that goes on, the demo in small."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+from absl import flags
+
+from configs import demo as demo_config
+from configs import experiment, tiny
+from launch import demo
+from launch.experiment import Experiment, Lab
+from qat.training.results import read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in range(60):
+        words = " ".join(f"{index} times {k} is {index * k}." for k in range(40))
+        (folder / f"{index}.txt").write_text(words)
+    return folder
+
+
+def small(corpus, **changes):
+    config = experiment.get_config()
+    config.data.source = f"folder:{corpus}"
+    config.data.sequence_length = 16
+    config.data.validation_fraction = 0.2
+    config.batch_size = 8
+    config.tokens = 1280
+    config.model.width = 8
+    config.evaluation_batches = 4
+    config.update(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.polcy=w4"], 'polcy Did you mean "policy"'),
+        (["--config.tokens=many"], "--config.tokens=many"),
+        (["--config.policy=w4x"], "unknown policy 'w4x'"),
+        (["--config.model.width=33"], "width = 33 is not a multiple of heads = 2"),
+        (["--config.data.source=folder:/nowhere"], "/nowhere is not a folder"),
+        (["--config.data.source={empty}"], "has no text"),
+        (["--workdir={used}"], "not empty and no run made it"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    names = {"used": tmp_path / "used", "empty": f"folder:{tmp_path / 'empty'}"}
+    result = run(
+        "launch.train",
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path / 'new'}",
+        f"--data_dir={tmp_path / 'data'}",
+        *(argument.format(**names) for argument in arguments),
+    )
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
+
+
+def test_a_missing_config_file_is_named():
+    result = run("launch.train", "--config=configs/tini.py", "--workdir=/tmp/never")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: config file 'configs/tini.py' cannot be read")
+
+
+def test_training_writes_a_row_once(corpus, tmp_path):
+    command = (
+        "launch.train",
+        "--config=configs/tiny.py",
+        f"--config.data.source=folder:{corpus}",
+        "--config.data.sequence_length=16",
+        "--config.data.validation_fraction=0.2",
+        "--config.batch_size=8",
+        "--config.tokens=1280",
+        "--config.model.width=8",
+        "--config.mesh.data=8",
+        f"--workdir={tmp_path / 'run'}",
+        f"--data_dir={tmp_path / 'data'}",
+    )
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    row = read_rows(tmp_path / "run").iloc[0]
+    assert row.status == "ok"
+    assert row.tokens == 1280
+    assert f"{row.loss:.4f}" in first.stdout
+    again = run(*command)
+    assert "finished already" in again.stdout
+    other = run(*command, "--config.policy=w4")
+    assert other.returncode == 2
+    assert "belongs to another run (policy is 'none' there, 'w4' here)" in other.stderr
+    assert len(read_rows(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 100}, "tokens = 100 is less than one batch of 128 tokens"),
+        ({"learning_rate": 0.0}, "learning rate 0.0"),
+        ({"policy": "w17"}, "int17"),
+    ],
+)
+def test_an_experiment_checks_its_config(corpus, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment.from_config(small(corpus, **changes).to_dict())
+
+
+def test_identity_covers_config_and_data(corpus, tmp_path):
+    lab = Lab(tmp_path)
+    ids = {
+        lab.run_id(Experiment.from_config(small(corpus, **changes).to_dict()))
+        for changes in ({}, {"policy": "w4"}, {"seed": 1}, {"learning_rate": 1e-3}, {})
+    }
+    assert len(ids) == 4
+    shapes = {
+        Experiment.from_config(small(corpus, **changes).to_dict()).shape
+        for changes in ({}, {"policy": "w4"}, {"seed": 1}, {"tokens": 2560})
+    }
+    assert len(shapes) == 1
+
+
+def test_the_demo_has_the_promised_grid():
+    configs = demo_config.get_configs()
+    experiments = [Experiment.from_config(config.to_dict()) for config in configs]
+    assert len({each.model.params for each in experiments}) >= 3
+    assert len({each.tokens for each in experiments}) >= 2
+    assert len({str(each.policy) for each in experiments}) >= 6
+    assert len({each.config_hash for each in experiments}) == len(experiments)
+    assert all(isinstance(config, ml_collections.ConfigDict) for config in configs)
+    assert tiny.get_config().to_dict().keys() == experiments[0].config.keys()
+
+
+def test_the_demo_in_small_compiles_once_a_shape_and_goes_on(corpus, tmp_path, monkeypatch, capsys):
+    grid = [
+        small(corpus, policy=policy, tokens=tokens, seed=seed, model={"width": width})
+        for width in (8, 16)
+        for tokens, seeds in ((1280, (0, 1)), (5120, (0,)))
+        for seed in seeds
+        for policy in ("none", "w2", "w3", "w4")
+    ]
+    monkeypatch.setattr(demo_config, "get_configs", lambda: grid)
+    workdir = tmp_path / "demo"
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    arguments = ["demo", f"--workdir={workdir}", f"--data_dir={tmp_path / 'data'}"]
+    flags.FLAGS(arguments)
+
+    demo.main(arguments[:1])
+    printed = capsys.readouterr().out
+    assert "24 runs of 2 shapes; compiled programs: 2 train_step, 2 eval_step" in printed
+    rows = read_rows(workdir / "rows")
+    assert len(rows) == 24 + 6 * len(demo_config.PTQ_BITS)
+    assert (workdir / "report.html").stat().st_size > 50_000
+    assert (workdir / "fit.json").exists()
+
+    kept = sorted((workdir / "rows").iterdir())
+    removed, stamps = kept.pop(), [path.stat().st_mtime_ns for path in kept]
+    removed.unlink()
+    demo.main(arguments[:1])
+    assert "23 of 24 runs are done already" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    again = read_rows(workdir / "rows")
+    volatile = ["wall_s"]
+    assert again.drop(columns=volatile).equals(rows.drop(columns=volatile))

@@ -1,0 +1,92 @@
+"""The arrow between rooms and the budgets of files, read from the source."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ["qat", "models", "configs", "launch"]  # each may import itself and those before
+NUMERICS = ["formats", "quantizer", "policy", "dot_general", "nnx", "linen", "ptq"]
+# What each room of qat may import, beside itself.
+ROOMS = {
+    "formats": [],
+    "quantizer": ["formats"],
+    "policy": ["formats", "quantizer"],
+    "dot_general": ["formats", "quantizer", "policy"],
+    "nnx": ["formats", "quantizer", "policy", "dot_general"],
+    "linen": ["formats", "quantizer", "policy", "dot_general"],
+    "ptq": ["formats", "quantizer", "policy", "dot_general", "nnx", "linen"],
+    "laws": [],
+    "training": [],
+    "analysis": [*NUMERICS, "laws"],
+    "sweep": ["training"],
+    "report": ["laws", "training"],
+}
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imports(path):
+    """Dotted names of all that a file imports, wherever in it; "from a import b" gives "a.b"."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def each(paths):
+    names = [str(path.relative_to(ROOT)) for path in paths]
+    return pytest.mark.parametrize("path", paths, ids=names)
+
+
+@each(SOURCES)
+def test_imports_point_down_the_floors(path):
+    floor = path.relative_to(ROOT).parts[0]
+    imported = {name.split(".")[0] for name in imports(path)}
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    assert imported & {*FLOORS, "tests"} <= set(allowed)
+
+
+@each([path for path in SOURCES if path.is_relative_to(ROOT / "qat")])
+def test_imports_inside_qat_point_down_the_rooms(path):
+    parts = path.relative_to(ROOT / "qat").with_suffix("").parts
+    if parts == ("__init__",):
+        pytest.skip("the front door opens to every room")
+    room = parts[0]
+    assert room in ROOMS, f"qat/{room} is new: say above what it may import"
+    imported = {name.split(".")[1] for name in imports(path) if name.startswith("qat.")}
+    assert imported <= {room, *ROOMS[room]}
+
+
+@each([path for path in SOURCES if path.is_relative_to(ROOT / "qat")])
+def test_the_library_knows_no_config_library(path):
+    assert not [name for name in imports(path) if name.split(".")[0] in ("ml_collections", "absl")]
+
+
+def test_only_the_library_ships():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["packages"]["find"] == {"include": ["qat", "qat.*"]}
+
+
+@each(FILES)
+def test_a_module_says_what_it_is(path):
+    assert ast.get_docstring(tree(path))
+
+
+@each(FILES)
+def test_functions_are_at_most_80_lines(path):
+    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]
+    assert not {f.name: f.lineno for f in functions if f.end_lineno - f.lineno >= 80}
+
+
+def test_nine_files_in_ten_are_under_400_lines():
+    long = [path for path in FILES if len(path.read_text().splitlines()) >= 400]
+    assert len(long) <= len(FILES) / 10, long

@@ -1,0 +1,62 @@
+import dataclasses
+
+import pytest
+
+from qat.training.results import Row, hash_of, read_rows, write_rows
+
+ROW = Row(
+    run_id="a1",
+    params=10,
+    tokens=20,
+    weight_bits=4.0,
+    activation_bits=16.0,
+    kv_bits=16.0,
+    weight_format="int4",
+    activation_format="none",
+    kv_format="none",
+    eval_set="stdlib/validation",
+    loss=1.5,
+    loss_se=0.1,
+    seed=0,
+    learning_rate=0.1,
+    schedule="cosine",
+    flops=1e9,
+    status="ok",
+    wall_s=1.0,
+    data_fingerprint="f",
+    config_hash="c",
+    versions="v",
+)
+
+
+def test_rows_come_back_as_written(tmp_path):
+    diverged = dataclasses.replace(ROW, run_id="b2", loss=float("nan"), status="diverged")
+    write_rows(tmp_path / "rows" / "a1.jsonl", [ROW, dataclasses.replace(ROW, ptq_bits=3.0)])
+    write_rows(tmp_path / "rows" / "b2.jsonl", [diverged])
+    table = read_rows(tmp_path / "rows")
+    assert list(table.run_id) == ["a1", "a1", "b2"]
+    assert list(table.ptq_bits) == [16.0, 3.0, 16.0]
+    assert table.loss.isna().tolist() == [False, False, True]
+    assert dataclasses.asdict(ROW) == table.iloc[0].to_dict()
+
+
+def test_an_interrupted_write_leaves_nothing_to_read(tmp_path):
+    def rows():
+        yield ROW
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(tmp_path / "a1.jsonl", rows())
+    assert read_rows(tmp_path).empty
+
+
+@pytest.mark.parametrize("text", ["{", '{"loss": 1}\n', "[1]\n"])
+def test_a_file_that_holds_no_rows_is_named(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.jsonl"):
+        read_rows(tmp_path)
+
+
+def test_identity_ignores_key_order_and_sees_every_value():
+    assert hash_of({"a": 1, "b": {"c": 2, "d": 3}}) == hash_of({"b": {"d": 3, "c": 2}, "a": 1})
+    assert hash_of({"a": 1}) != hash_of({"a": 2})
