@@ -1,3 +1,5 @@
+"""Fits against known parameters, scipy and finite differences; flags, files and bad input."""
+
 import dataclasses
 import functools
 import json
@@ -130,11 +132,9 @@ def test_objective_is_not_worse_than_the_best_of_many_scipy_starts():
     bounds = [(0, 12), (0, 15), (-2, 2), (0.05, 1), (0.05, 1)]
     found = []
     for _ in range(20):
-        start = rng.uniform([3, 4, 0, 0.2, 0.2], [8, 10, 1, 0.6, 0.6])
-        # Scaled to order one, since the solver's tolerances are absolute.
         solved = minimize(
-            lambda u: 1e4 * huber(log_residual(u, runs), 1e-3),
-            start,
+            lambda u: 1e4 * huber(log_residual(u, runs), 1e-3),  # its tolerances are absolute
+            rng.uniform([3, 4, 0, 0.2, 0.2], [8, 10, 1, 0.6, 0.6]),
             bounds=bounds,
             options={"ftol": 1e-13, "maxfun": 20000},
         )

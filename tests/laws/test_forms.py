@@ -1,3 +1,5 @@
+"""The laws against closed forms in NumPy, at the edge of their domain, and as declarations."""
+
 import dataclasses
 
 import jax.numpy as jnp

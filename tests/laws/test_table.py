@@ -1,3 +1,5 @@
+"""Reading runs: what absent bits mean, what is left out, and how bad values are named."""
+
 import numpy as np
 import pandas as pd
 import pytest
