@@ -1,5 +1,6 @@
 """How every program starts and fails: bad input gives one line and a non-zero exit."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 BAD_INPUT = 2
+STOPPED = 130  # what a shell reports for Ctrl-C
 
 
 def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None:
@@ -47,6 +49,10 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
         main(argv)
     except (ValueError, OSError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(STOPPED)  # without waiting for runs in other threads, which are repeated anyway
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -99,11 +99,6 @@ class Format:
         return bool(np.isfinite(self.max_value))
 
     @property
-    def storage_bits(self) -> int:
-        """Whole bits that one code takes when packed."""
-        return int(np.ceil(self.bits))
-
-    @property
     def magnitudes(self) -> np.ndarray:
         """All magnitudes in rising order, float32; position = magnitude code. At most 16 bits."""
         if self.bits > 16:

@@ -18,7 +18,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; }
 figcaption { font-size: .9rem; color: #444; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { white-space: nowrap; padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { white-space: nowrap; padding: .2rem .7rem; text-align: right;
+         border-bottom: 1px solid #ddd; }
 code { overflow-wrap: anywhere; }
 """
 

@@ -1,3 +1,5 @@
+"""Rounding to nearest on stock layers and on the transformer."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,3 +1,5 @@
+"""Analytic FLOPs against the compiler's count."""
+
 import jax
 import jax.numpy as jnp
 

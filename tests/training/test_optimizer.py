@@ -1,3 +1,5 @@
+"""AdamW against its definition in float64."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,8 +14,8 @@ def test_updates_follow_adamw_in_float64():
     optimizer = adamw(b1, b2, eps, decay, clip_norm=0.0)
     params = {"kernel": jnp.asarray(kernel, jnp.float32), "scale": jnp.asarray(scale, jnp.float32)}
     state = optimizer.init(params)
-    mean = {name: 0.0 for name in params}
-    square = {name: 0.0 for name in params}
+    mean = dict.fromkeys(params, 0.0)
+    square = dict.fromkeys(params, 0.0)
     for step, grad in enumerate(grads, start=1):
         updates, state = optimizer.update(
             {name: jnp.asarray(g, jnp.float32) for name, g in grad.items()}, state, params

@@ -1,3 +1,5 @@
+"""Rows on disk: whole, readable, identifiable."""
+
 import dataclasses
 
 import pytest

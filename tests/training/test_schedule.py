@@ -1,3 +1,5 @@
+"""The learning rate against its closed form."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

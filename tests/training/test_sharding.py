@@ -1,3 +1,5 @@
+"""Placement by rule, and everything a rule refuses."""
+
 import jax
 import jax.numpy as jnp
 import pytest
