@@ -19,6 +19,7 @@ import jax
 from absl import flags
 
 from configs import demo
+from launch import cpu
 from launch.experiment import Experiment, Lab
 from launch.main import run
 from launch.progress import Meter
@@ -39,10 +40,7 @@ def main(argv: list[str]) -> None:
     """Runs what is missing, fits, reports."""
     del argv
     start = time.perf_counter()
-    # One run a core is faster than one run on all cores: these matrices are small.
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    )
+    cpu.one_thread_per_run()
     compiled = _count_compiled_programs()
     workdir = Path(_WORKDIR.value)
     experiments = [Experiment.from_config(config.to_dict()) for config in demo.get_configs()]

@@ -8,6 +8,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from launch import cpu
+
 BAD_INPUT = 2
 STOPPED = 130  # what a shell reports for Ctrl-C
 
@@ -20,6 +22,7 @@ def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None
         required: flags that must be given.
     """
     logging.set_verbosity(logging.ERROR)
+    cpu.keep_freed_memory()
     for name in required:
         flags.mark_flag_as_required(name)
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
