@@ -212,7 +212,7 @@ def inner_rules(policy: Policy | None) -> Rules:
 def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Any, Any]:
     """A model as (graph, parameters, rest): pure nested dicts of arrays for compiled functions.
 
-    The rest holds the policies' numbers. `join` is the inverse.
+    The rest holds the policies' numbers. `flax.nnx.merge` is the inverse.
     """
     graph, state = nnx.split(model)
     params, rest = nnx.split_state(state, nnx.Param, ...)

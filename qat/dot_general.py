@@ -10,7 +10,7 @@ and, above all, transposes matrices faster than higher-rank arrays, and other ba
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.typing import DTypeLike
@@ -21,6 +21,7 @@ from qat.quantizer import fake_quant
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
+@runtime_checkable
 class DotGeneral(Protocol):
     """The signature of `jax.lax.dot_general`."""
 
@@ -47,8 +48,14 @@ def dot_general(policy: Policy | None) -> DotGeneral:
         policy: named or traced formats; None multiplies what it is given.
 
     Returns:
-        A pure function; it raises ValueError where a quantizer does not fit its operand.
+        A pure function; it raises ValueError where a quantizer does not fit its operand. Without
+        a policy it is always the same one, so that models built with it have equal graphs.
     """
+    return _plain_dot_general if policy is None else _quantized_dot_general(policy)
+
+
+def _quantized_dot_general(policy: Policy) -> DotGeneral:
+    """The contraction under a policy."""
 
     def contract(
         lhs: jax.Array,
@@ -60,24 +67,30 @@ def dot_general(policy: Policy | None) -> DotGeneral:
         out_sharding: Any = None,
     ) -> jax.Array:
         (lhs_axes, rhs_axes), _ = dimension_numbers
-        if policy is not None and policy.activations is not None:
+        if policy.activations is not None:
             lhs = fake_quant(lhs, policy.activations, axis=lhs_axes)
-        if policy is not None and policy.weights is not None:
+        if policy.weights is not None:
             rhs = fake_quant(rhs, policy.weights, axis=rhs_axes)
-        return _flat_dot_general(
-            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding
+        return _plain_dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision,
+            preferred_element_type,
+            out_sharding=out_sharding,
         )
 
     return contract
 
 
-def _flat_dot_general(
+def _plain_dot_general(
     lhs: jax.Array,
     rhs: jax.Array,
     dimension_numbers: DimensionNumbers,
-    precision: Any,
-    preferred_element_type: DTypeLike | None,
-    out_sharding: Any,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """`jax.lax.dot_general`, with the operands of a dense projection flattened to matrices."""
     (lhs_axes, rhs_axes), (lhs_batch, _) = dimension_numbers

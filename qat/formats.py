@@ -17,11 +17,17 @@ Sources: OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats 1.
 import dataclasses
 import difflib
 import re
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    ArrayOrShape = Array
+else:
+    ArrayOrShape = Array | jax.ShapeDtypeStruct  # what `jax.eval_shape` builds a pytree of
 
 _MANTISSA_BITS = 23  # of float32
 _BIAS = 127
@@ -41,7 +47,7 @@ class Grid:
         numbers: float32, shape (5,), or (..., 5) to `vmap` over: the five properties in order.
     """
 
-    numbers: Float[Array, "*stack 5"]
+    numbers: Float[ArrayOrShape, "*stack 5"]
 
     @property
     def mantissa_bits(self) -> Int[Array, "*stack"]:
@@ -95,12 +101,15 @@ class Format:
 
     @property
     def quantizes(self) -> bool:
-        """False only for "none", which keeps every float32 as it is."""
+        """False only for "none", which keeps every value (but makes -0 a +0)."""
         return bool(np.isfinite(self.max_value))
 
     @property
     def magnitudes(self) -> np.ndarray:
-        """All magnitudes in rising order, float32; position = magnitude code. At most 16 bits."""
+        """All magnitudes in rising order, float32; for formats of at most 16 bits.
+
+        A magnitude's position is its code; but binary, which has no zero, holds code 1 alone.
+        """
         if self.bits > 16:
             raise ValueError(f"format {self.name!r} has too many values to list")
         codes = np.arange(2**16)
@@ -108,7 +117,8 @@ class Format:
         significand = codes - (binade << self.mantissa_bits)
         exponent = np.minimum(self.min_exponent - self.mantissa_bits + binade, 1000)
         values = np.ldexp(significand.astype(np.float64), exponent)
-        magnitudes: np.ndarray = values[values <= self.max_value].astype(np.float32)
+        in_range = (values >= self.min_value) & (values <= self.max_value)
+        magnitudes: np.ndarray = values[in_range].astype(np.float32)
         return magnitudes
 
     def grid(self) -> Grid:
@@ -167,7 +177,9 @@ def encode(y: Float[Array, "..."], grid: Grid) -> Int[Array, "..."]:
     """
     r = _round_magnitude(y, grid)
     code = (r.binade << grid.mantissa_bits) + r.significand
-    return jnp.where(jnp.isnan(y), NAN_CODE, jnp.where(y < 0, -code, code))
+    # By its bit, as in `round_to_grid`: backends that flush subnormals compare them as zeros.
+    negative = jax.lax.bitcast_convert_type(y, jnp.int32) < 0
+    return jnp.where(jnp.isnan(y), NAN_CODE, jnp.where(negative, -code, code))
 
 
 def decode(codes: Int[Array, "..."], grid: Grid) -> Float[Array, "..."]:
@@ -307,7 +319,10 @@ def parse_format(name: str) -> Format:
                 f"format {name!r}: ExMy has x = 1…8 and y = 0…10, nearest is {nearest!r}"
             )
         if match[3] and exponent_bits < 2:
-            raise ValueError(f"format {name!r}: an IEEE format needs 2 exponent bits or more")
+            raise ValueError(
+                f"format {name!r}: an IEEE format needs 2 exponent bits or more, "
+                f"nearest is 'e2m{mantissa_bits}ieee'"
+            )
         return (
             _ieee(exponent_bits, mantissa_bits)
             if match[3]

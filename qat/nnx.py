@@ -7,7 +7,7 @@ puts other numbers into the same compiled program.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ class DotGeneral(nnx.Module):
     """A quantized `dot_general` for the slot of that name in any Flax NNX layer."""
 
     def __init__(self, policy: Policy):
-        self.policy = PolicyState(_traced(policy, "weights", "activations"))
+        self.policy = _policy_state(policy, "weights", "activations")
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Contracts as `jax.lax.dot_general` does, under the policy in the state."""
@@ -48,7 +48,7 @@ class FakeQuant(nnx.Module):
     """Fake quantization of keys or values (..., features) as they enter an attention cache."""
 
     def __init__(self, policy: Policy):
-        self.policy = PolicyState(_traced(policy, "kv_cache"))
+        self.policy = _policy_state(policy, "kv_cache")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Quantizes along the last axis; shape and dtype stay."""
@@ -129,7 +129,12 @@ def _slot(policy: Policy | None) -> Any:
     return dot_general(None) if policy is None else DotGeneral(policy)
 
 
-def _traced(policy: Policy, *operands: str) -> Policy:
+def _policy_state(policy: Policy, *operands: str) -> PolicyState:
+    """The state of a place that quantizes these operands."""
+    return PolicyState(_traced(policy, operands), operands=operands)
+
+
+def _traced(policy: Policy, operands: Iterable[str]) -> Policy:
     """The traced policy of these operands alone."""
     kept = {operand: getattr(policy, operand) for operand in operands}
     return Policy(**kept).traced()
@@ -140,8 +145,7 @@ def _fitted(path: tuple[Any, ...], state: PolicyState, rules: Rules) -> Policy:
     layer = "/".join(str(part) for part in path if part not in ("dot_general", "policy"))
     old: Policy = state.get_value()
     policy = rules.policy_for(layer)
-    operands = [f.name for f in dataclasses.fields(Policy) if getattr(old, f.name) is not None]
-    new = _traced(policy or Policy(), *operands)
+    new = _traced(policy or Policy(), state.get_metadata("operands"))
     if _structure(new) != _structure(old):
         raise ValueError(
             f"set_policy: layer {layer!r} was compiled for {_structure(old)}, "

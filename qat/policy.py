@@ -87,7 +87,7 @@ class Policy:
     def __str__(self) -> str:
         """The shorthand, without granularities; "none" where nothing is quantized."""
         terms = [
-            letter + re.sub(r"^int(?=\d)", "", self.format_name(field))
+            letter + re.sub(r"^int(?!16$)(?=\d)", "", self.format_name(field))
             for letter, (field, _) in _OPERANDS.items()
             if self.format_name(field) != "none"
         ]

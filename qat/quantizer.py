@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qat.formats import Format, Grid, decode, encode, parse_format, round_to_grid
+from qat.formats import ArrayOrShape, Format, Grid, decode, encode, parse_format, round_to_grid
 
 Granularity = Literal["tensor", "channel", "token"]
 Axis = int | Sequence[int]
@@ -68,8 +68,8 @@ class Quantizer:
         Raises:
             ValueError: unknown format or granularity, with the nearest valid spelling.
         """
-        name, *granularity = text.split("/")
-        return cls(parse_format(name), *granularity)  # type: ignore[arg-type]
+        name, _, granularity = text.partition("/")
+        return cls(parse_format(name), granularity or "tensor")  # type: ignore[arg-type]
 
     @property
     def grid(self) -> Grid:
@@ -113,8 +113,8 @@ class QTensor:
         dtype: name of the dtype of the array that was quantized.
     """
 
-    codes: Int[Array, "..."]
-    scale: Float[Array, "..."]
+    codes: Int[ArrayOrShape, "..."]
+    scale: Float[ArrayOrShape, "..."]
     format: Format = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
 
@@ -173,7 +173,8 @@ def fake_quant(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Floa
         axis: contraction axis or axes of `x`.
 
     Returns:
-        Array of the shape and dtype of `x`.
+        Array of the shape and dtype of `x`. Within a millionth of float32's largest value, where
+        the rounded scale times the format's largest value overflows, the result is infinite.
 
     Raises:
         ValueError: as in `scales`.

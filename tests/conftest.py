@@ -6,11 +6,29 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("deterministic", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("deterministic")
+
+# Whose annotations are checked, as PEP 484 has them: an int is a float.
+CHECKED = ["qat.formats", "qat.quantizer", "qat.policy", "qat.dot_general", "qat.nnx"]
+jaxtyping.install_import_hook(
+    CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+
+@pytest.fixture
+def unchecked_annotations() -> Iterator[None]:
+    """Lets wrong types through to the code under test, whose own error is the claim."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
