@@ -1,7 +1,7 @@
 """What fewer bits cost: 3 sizes × 2 token budgets × 6 policies, and replicates for the noise.
 
 Command: make demo, or python -m launch.demo --workdir=runs/demo
-Cost: about 5 minutes on 2 cores (61 million tokens, models of 6 to 23 thousand parameters).
+Cost: about 6 minutes on 2 cores (61 million tokens, models of 6 to 23 thousand parameters).
 Expected: rounding to 3 or 4 bits after training costs more at 3 million tokens than at a
 quarter of a million, at every size; training at 2 bits costs up to 0.4 nats per byte.
 

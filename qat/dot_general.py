@@ -61,24 +61,15 @@ def _quantized_dot_general(policy: Policy) -> DotGeneral:
         lhs: jax.Array,
         rhs: jax.Array,
         dimension_numbers: DimensionNumbers,
-        precision: Any = None,
-        preferred_element_type: DTypeLike | None = None,
-        *,
-        out_sharding: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> jax.Array:
         (lhs_axes, rhs_axes), _ = dimension_numbers
         if policy.activations is not None:
             lhs = fake_quant(lhs, policy.activations, axis=lhs_axes)
         if policy.weights is not None:
             rhs = fake_quant(rhs, policy.weights, axis=rhs_axes)
-        return _plain_dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
-            precision,
-            preferred_element_type,
-            out_sharding=out_sharding,
-        )
+        return _plain_dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
 
     return contract
 
@@ -100,6 +91,7 @@ def _plain_dot_general(
         and not lhs_batch
         and tuple(lhs_axes) == tuple(range(lhs.ndim - contracted, lhs.ndim))
         and tuple(rhs_axes) == tuple(range(contracted))
+        and lhs.shape[lhs.ndim - contracted :] == rhs.shape[:contracted]  # else an error is due
     )
     if not dense:
         return jax.lax.dot_general(

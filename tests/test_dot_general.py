@@ -114,3 +114,13 @@ def test_out_sharding_places_the_product():
 def test_a_wrong_operand_is_an_error():
     with pytest.raises(ValueError, match="int32"):
         dot_general(W4A8)(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 4)), DENSE)
+
+
+def test_operands_that_do_not_fit_fail_as_they_do_in_lax():
+    lhs, rhs = jnp.ones((2, 3, 6)), jnp.ones((8, 4))
+    numbers = (((2,), (0,)), ((), ()))
+    with pytest.raises(TypeError) as expected:
+        jax.lax.dot_general(lhs, rhs, numbers)
+    with pytest.raises(TypeError) as found:
+        dot_general(None)(lhs, rhs, numbers)
+    assert str(found.value) == str(expected.value)
