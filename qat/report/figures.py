@@ -48,7 +48,7 @@ def training_effects(summary: Summary) -> str:
                 linestyle="none",
                 marker=_MARKERS[index % len(_MARKERS)],
                 color=_COLOURS[index % len(_COLOURS)],
-                label=f"N {params / 1e3:.0f}k, D {tokens / 1e6:.1f}M",
+                label=f"N {params / 1e3:.0f}k, D {tokens / 1e6:.2g}M",
             )
         noise = 2 * summary.paired_noise
         if np.isfinite(noise):

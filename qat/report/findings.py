@@ -145,14 +145,15 @@ def _growths(rounding: pd.DataFrame) -> tuple[Growth, ...]:
     positive = rounding[rounding.delta > 0]
     logs = positive.assign(log_delta=np.log(positive.delta))
     growths = []
-    for (params, bits), group in rounding.groupby(["params", "bits"]):
+    for _, group in rounding.groupby(["params", "bits"]):
+        params, bits = int(group.params.iloc[0]), float(group.bits.iloc[0])
         means = group.groupby("tokens").delta.mean()
         if len(means) < 2:
             continue
         noise = _pooled_deviation(logs[logs.bits == bits], ["bits"], "log_delta")
         few, many = means.index.min(), means.index.max()
         deltas = (float(means[few]), float(means[many]))
-        growths.append(Growth(int(params), float(bits), (int(few), int(many)), deltas, noise))
+        growths.append(Growth(params, bits, (int(few), int(many)), deltas, noise))
     return tuple(growths)
 
 
