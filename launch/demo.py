@@ -95,6 +95,7 @@ def _run(lab: Lab, experiment: Experiment, folder: Path, meter: Meter) -> None:
         meter.advance((step - seen) * tokens_per_step)
         seen = step
 
+    lab.compile(experiment)
     result, wall_s = lab.train(experiment, on_log=on_log)
     losses = lab.evaluate(experiment, result.state.params, experiment.policy)
     row = lab.row(experiment, result, wall_s, losses)

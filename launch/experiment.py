@@ -20,7 +20,7 @@ from models.transformer import TransformerConfig
 from qat.policy import Policy
 from qat.training import flops
 from qat.training.checkpoint import Checkpoints
-from qat.training.data import TextDataset, prepare, train_batches, validation_batches
+from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
 from qat.training.loop import TrainingResult, train
 from qat.training.optimizer import adamw
 from qat.training.results import Row, hash_of, package_versions
@@ -54,8 +54,9 @@ class Experiment:
         Raises:
             ValueError: a value is out of range; the message names it.
         """
+        _check(config)
         tokens_per_step = config["batch_size"] * config["data"]["sequence_length"]
-        steps = config["tokens"] // tokens_per_step if tokens_per_step > 0 else 0
+        steps = config["tokens"] // tokens_per_step
         if steps < 1:
             raise ValueError(
                 f"tokens = {config['tokens']} is less than one batch of {tokens_per_step} tokens"
@@ -84,6 +85,26 @@ class Experiment:
         return hash_of(self.config)
 
 
+def _check(config: Mapping[str, Any]) -> None:
+    """What no other room checks.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    numbers = {**config, **config["data"]}
+    least = {
+        "batch_size": 1,
+        "sequence_length": 1,
+        "evaluation_batches": 1,
+        "weight_decay": 0,
+        "clip_norm": 0,
+        "seed": 0,
+    }
+    for name, lowest in least.items():
+        if not lowest <= numbers[name] < 2**32:
+            raise ValueError(f"{name} = {numbers[name]}: expected at least {lowest}, below 2**32")
+
+
 class Lab:
     """Text and compiled programs, shared by all experiments that ask for the same.
 
@@ -102,6 +123,7 @@ class Lab:
         self._programs: dict[str, Programs] = {}
         self._lock = threading.Lock()
         self._shape_locks: dict[str, threading.Lock] = {}
+        self._compiled: set[str] = set()
 
     def dataset(self, experiment: Experiment) -> TextDataset:
         """The prepared text of an experiment."""
@@ -120,27 +142,41 @@ class Lab:
 
     def programs(self, experiment: Experiment) -> Programs:
         """The jitted programs of an experiment's shape."""
+        config = experiment.config
         with self._lock:
-            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
-        with lock:  # held while compiling: threads that meet in an unseen shape compile it once
             if experiment.shape not in self._programs:
-                self._programs[experiment.shape] = self._compiled_programs(experiment)
+                task = language_model(experiment.model, experiment.policy)
+                optimizer = adamw(
+                    weight_decay=config["weight_decay"], clip_norm=config["clip_norm"]
+                )
+                mesh = make_mesh(**config["mesh"], devices=self._devices)
+                self._programs[experiment.shape] = make_programs(task, optimizer, mesh)
             return self._programs[experiment.shape]
 
-    def _compiled_programs(self, experiment: Experiment) -> Programs:
-        config = experiment.config
-        task = language_model(experiment.model, experiment.policy)
-        optimizer = adamw(weight_decay=config["weight_decay"], clip_norm=config["clip_norm"])
-        programs = make_programs(
-            task, optimizer, make_mesh(**config["mesh"], devices=self._devices)
+    def batches(self, experiment: Experiment) -> tuple[Batches, Batches]:
+        """Training and validation batches of an experiment."""
+        config, dataset = experiment.config, self.dataset(experiment)
+        size = config["batch_size"]
+        return (
+            train_batches(dataset, size, config["seed"]),
+            validation_batches(dataset, size, config["evaluation_batches"]),
         )
-        constants = constants_for(experiment.model, experiment.policy)
-        tokens_BS = train_batches(self.dataset(experiment), config["batch_size"], 0).batch_at(0)
-        batch = jax.device_put(tokens_BS, programs.batch_sharding)
-        state = programs.init_state(jnp.uint32(0))
-        programs.eval_step(state.params, constants, batch)
-        programs.train_step(state, constants, experiment.schedule, batch)
-        return programs
+
+    def compile(self, experiment: Experiment) -> None:
+        """Compiles a shape's programs once, also for threads that meet in an unseen shape."""
+        with self._lock:
+            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
+        with lock:
+            if experiment.shape in self._compiled:
+                return
+            programs = self.programs(experiment)
+            constants = constants_for(experiment.model, experiment.policy)
+            tokens_BS = self.batches(experiment)[0].batch_at(0)
+            batch = jax.device_put(tokens_BS, programs.batch_sharding)
+            state = programs.init_state(jnp.uint32(0))
+            programs.eval_step(state.params, constants, batch)
+            programs.train_step(state, constants, experiment.schedule, batch)
+            self._compiled.add(experiment.shape)
 
     def run_id(self, experiment: Experiment) -> str:
         """Identifies config and data."""
@@ -157,7 +193,6 @@ class Lab:
     ) -> tuple[TrainingResult, float]:
         """Trains, from the newest checkpoint if there is one; also returns the seconds it took."""
         config, programs = experiment.config, self.programs(experiment)
-        dataset = self.dataset(experiment)
         seed = jnp.uint32(config["seed"])
         state = None
         if checkpoints is not None:
@@ -169,7 +204,7 @@ class Lab:
             programs.init_state(seed) if state is None else state,
             constants_for(experiment.model, experiment.policy),
             experiment.schedule,
-            train_batches(dataset, config["batch_size"], config["seed"]),
+            self.batches(experiment)[0],
             on_log=on_log,
             checkpoints=checkpoints,
             checkpoint_every=checkpoint_every,
@@ -178,11 +213,8 @@ class Lab:
 
     def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
         """Validation loss of each sequence under a policy, which need not be the trained one."""
-        config = experiment.config
-        batches = validation_batches(
-            self.dataset(experiment), config["batch_size"], config["evaluation_batches"]
-        )
         constants = constants_for(experiment.model, policy)
+        batches = self.batches(experiment)[1]
         return evaluate(self.programs(experiment), params, constants, batches)
 
     def row(

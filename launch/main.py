@@ -63,8 +63,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest: list[str] = flags.FLAGS(argv)
     except flags.Error as error:
         _fail(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # What ml_collections raises for an unknown key or a value of another type.
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        SyntaxError,
+        ImportError,
+    ) as error:
+        # What ml_collections raises for an unknown key, a value of another type or a broken file.
         reason = str(error.args[0]).replace("\\n", " ").replace("'", "").replace("\\", "")
         _fail(f"config: {reason}")
     return rest

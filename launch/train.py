@@ -19,10 +19,14 @@ from qat.training.checkpoint import Checkpoints, claim
 from qat.training.results import read_rows, write_rows
 from qat.training.step import Metrics
 
-config_flags.DEFINE_config_file("config", None, "Experiment to run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and results.")
+config_flags.DEFINE_config_file(
+    "config", None, "Experiment to run (required); its keys are explained in configs/experiment.py."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and results (required).")
 _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
-_CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 500, "Steps between checkpoints.")
+_CHECKPOINT_EVERY = flags.DEFINE_integer(
+    "checkpoint_every", 500, "Steps between checkpoints; 0 saves at the end alone.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -32,13 +36,17 @@ def main(argv: list[str]) -> None:
     workdir = Path(str(_WORKDIR.value))
     lab = Lab(Path(_DATA_DIR.value))
     dataset = lab.dataset(experiment)
+    lab.programs(experiment)  # these two so that what cannot run claims no workdir
+    lab.batches(experiment)
+    if dataset.unreadable_documents:
+        print(f"left out {dataset.unreadable_documents} documents that are not UTF-8 text")
     claim(workdir, {**experiment.config, "data_fingerprint": dataset.fingerprint})
     if (workdir / "rows.jsonl").exists():
         print(f"{workdir} is finished already")
         _print_rows(workdir)
         return
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.config_hash)
-    with Meter(str(experiment.policy), experiment.schedule.total_steps, "steps") as meter:
+    with Meter("Training", experiment.schedule.total_steps, "steps") as meter:
         seen = 0
 
         def on_log(step: int, metrics: Metrics) -> None:

@@ -48,14 +48,12 @@ class Attention(nnx.Module):
         path: str,
         rngs: nnx.Rngs,
     ):
-        self.kv_heads = kv_heads
         self.group = heads // kv_heads
-        self.channels = width // heads
         self.rope_base = rope_base
         cache_policy = rules.policy_for(f"{path}/cache")
         self.qkv = qat.nnx.LinearGeneral(
             width,
-            (kv_heads, self.group + 2, self.channels),
+            (kv_heads, self.group + 2, width // heads),
             use_bias=False,
             dtype=dtype,
             policy=rules.policy_for(f"{path}/qkv"),

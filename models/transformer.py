@@ -25,6 +25,8 @@ import qat.nnx
 from models.attention import Attention, Cache
 from qat.policy import Policy, Rules
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -51,6 +53,13 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for size in ("vocabulary", "width", "layers", "heads", "kv_heads"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"{size} = {getattr(self, size)}: expected at least 1")
+        if self.mlp_width < 0:
+            raise ValueError(f"mlp_width = {self.mlp_width}: expected at least 0")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}: expected one of {', '.join(_DTYPES)}")
         for whole, part in (("width", "heads"), ("heads", "kv_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(

@@ -14,6 +14,7 @@ to the format's largest value. Scales stay between 2^-126 and 2^126, where recip
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -226,7 +227,7 @@ def _normalized_axes(x: Array, axis: Axis) -> tuple[int, ...]:
     """Non-negative axes, checked against the rank of `x`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays can be quantized, got dtype {x.dtype}")
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
     for a in axes:
         if not -x.ndim <= a < x.ndim:
             raise ValueError(

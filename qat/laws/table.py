@@ -38,7 +38,7 @@ UNITS = {
 _READERS: dict[str, Callable[[pathlib.Path], pd.DataFrame]] = {
     ".csv": pd.read_csv,
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
 }
 
 

@@ -34,6 +34,7 @@ LAD_DELTA = 1e-7
 PERCENTILES = (2.5, 97.5)
 # A slope and an offset in bits are two numbers: a third width is the first to test them.
 LEAST_WIDTHS = 3
+LEAST_CONVERGED = 0.9
 LEAST_AGREEMENT = 0.05
 # Wider than this, in the logarithm of a positive parameter or in a signed one itself, an interval
 # does not even give the order of magnitude of what the parameter multiplies.
@@ -120,6 +121,8 @@ class Diagnostics:
         lines = [f"{label}: {', '.join(names)}" for label, names in lists.items() if names]
         if self.share_at_best < LEAST_AGREEMENT:
             lines.append(f"best optimum found by only {self.share_at_best:.1%} of the starts")
+        if self.bootstrap_converged < LEAST_CONVERGED:
+            lines.append(f"only {self.bootstrap_converged:.0%} of the resamples converged")
         if self.rows_outside_domain:
             lines.append(f"outside the domain of the fitted law: {self.rows_outside_domain} rows")
         return tuple(lines)

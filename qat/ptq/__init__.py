@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -45,7 +44,7 @@ class ParameterReport:
 
 
 def quantize(
-    model: Model, method: str, quantizer: Quantizer, skip: str = ""
+    model: Model, method: str, quantizer: Quantizer, skip: str | None = None
 ) -> tuple[Model, list[ParameterReport]]:
     """Quantizes the weights of a trained NNX model.
 
@@ -53,7 +52,7 @@ def quantize(
         model: any NNX module; it stays as it is.
         method: "rtn".
         quantizer: of the kernels, along their contraction axes.
-        skip: regular expression; layers whose whole path matches stay unquantized.
+        skip: regular expression; layers whose whole path matches stay unquantized. None skips none.
 
     Returns:
         A copy to be called as before, with dequantized values in its kernels, and a report of
@@ -69,7 +68,7 @@ def quantize(
             f"nearest is {nearest!r}"
         )
     try:
-        re.compile(skip)
+        re.compile(skip or "")
     except re.error as error:
         raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
     copy = nnx.clone(model)
@@ -104,14 +103,14 @@ def _quantize_parameter(
     layers: dict[str, nnx.Linear | nnx.LinearGeneral],
     method: Method,
     quantizer: Quantizer,
-    skip: str,
+    skip: str | None,
 ) -> ParameterReport:
     """Quantizes one parameter in place, if it is the kernel of a layer that is not skipped."""
     layer, _, name = path.rpartition("/")
     weight = parameter[...]
     if layer not in layers or name != "kernel":
         return ParameterReport(path, False, "not the kernel of a dense layer", weight.nbytes, 0.0)
-    if re.fullmatch(skip, layer):
+    if skip is not None and re.fullmatch(skip, layer):
         return ParameterReport(path, False, f"skipped by {skip!r}", weight.nbytes, 0.0)
     stack, axes = _kernel_axes(layers[layer], weight.ndim)
 
@@ -122,8 +121,15 @@ def _quantize_parameter(
         quantize_kernel = jax.vmap(quantize_kernel)
     qtensor = quantize_kernel(weight)
     parameter.set_value(qtensor.dequantize())
-    error = jnp.linalg.norm(parameter[...] - weight) / jnp.linalg.norm(weight)
-    return ParameterReport(path, True, str(quantizer), qtensor.nbytes, float(error))
+    error = _relative_error(weight, parameter[...])
+    return ParameterReport(path, True, str(quantizer), qtensor.nbytes, error)
+
+
+def _relative_error(weight: jax.Array, quantized: jax.Array) -> float:
+    """Norm of the error over the norm of the weight, in float64 against overflow; 0 for 0/0."""
+    exact, rounded = np.asarray(weight, np.float64), np.asarray(quantized, np.float64)
+    error, size = np.linalg.norm(rounded - exact), np.linalg.norm(exact)
+    return float(error / size) if size else float(error)
 
 
 def _kernel_axes(layer: nnx.Linear | nnx.LinearGeneral, rank: int) -> tuple[int, tuple[int, ...]]:

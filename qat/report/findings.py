@@ -8,6 +8,7 @@ is called an effect.
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -93,7 +94,7 @@ def summarise(rows: pd.DataFrame, fit: Fit) -> Summary:
 def policy_label(row: pd.Series) -> str:
     """The policy of a row in shorthand, such as "w4a8"; "none" where nothing is quantized."""
     formats = (("w", row.weight_format), ("a", row.activation_format), ("kv", row.kv_format))
-    terms = [letter + fmt.removeprefix("int") for letter, fmt in formats if fmt != "none"]
+    terms = [letter + re.sub(r"^int(?!16$)", "", fmt) for letter, fmt in formats if fmt != "none"]
     return "".join(terms) or "none"
 
 
@@ -184,7 +185,9 @@ def _growth_at(growths: list[Growth]) -> str:
         return f"{measured} No growth factor: rounding did not add loss everywhere."
     mean = math.exp(sum(map(math.log, factors)) / len(factors))
     allowed = math.exp(_NOISE_FACTOR * math.sqrt(2 / len(growths)) * growths[0].noise)
-    judgement = "beyond noise" if mean > allowed else "within noise, or noise unknown"
+    if math.isnan(allowed):
+        return f"{measured} ×{mean:.1f} on average; the seed noise is unknown."
+    judgement = "beyond noise" if mean > allowed else "within noise"
     return (
         f"{measured} ×{mean:.1f} on average; twice the seed noise is ×{allowed:.1f}: {judgement}."
     )

@@ -87,8 +87,20 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
 
 def _difference(marker: Path, config: dict[str, Any]) -> str:
     """The first setting in which two configurations differ."""
-    there = json.loads(marker.read_text())
-    for key in sorted({*there, *config}):
-        if there.get(key) != config.get(key):
-            return f"{key} is {there.get(key)!r} there, {config.get(key)!r} here"
+    try:
+        there = _flat(json.loads(marker.read_text()))
+    except json.JSONDecodeError:
+        return "its config.json is damaged"
+    here = _flat(config)
+    for key in sorted({*there, *here}):
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
     return "its config.json differs"
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(config, dict):
+        return {prefix.rstrip("."): config}
+    parts = (_flat(value, f"{prefix}{key}.") for key, value in config.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -37,7 +37,7 @@ def warmup_cosine(
     Raises:
         ValueError: a number is out of range.
     """
-    if peak <= 0 or total_steps < 1:
+    if not 0 < peak < float("inf") or total_steps < 1:
         raise ValueError(
             f"learning rate {peak} and total_steps {total_steps} must both be positive"
         )

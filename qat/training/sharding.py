@@ -42,6 +42,11 @@ def make_mesh(
         ValueError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+        raise ValueError(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: expected at least 1 of each "
+            "(data = -1 takes what is left)"
+        )
     if data == -1:
         data = max(1, len(devices) // (fsdp * tensor))
     if data * fsdp * tensor != len(devices):

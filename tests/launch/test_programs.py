@@ -57,6 +57,8 @@ def small(corpus, **changes):
         (["--config.model.width=33"], "width = 33 is not a multiple of heads = 2"),
         (["--config.data.source=folder:/nowhere"], "/nowhere is not a folder"),
         (["--config.data.source={empty}"], "has no text"),
+        (["--config.mesh.fsdp=0"], "fsdp=0"),
+        (["--config.batch_size=300000", "--config.tokens=20000000"], "batch_size 300000 exceeds"),
         (["--workdir={used}"], "not empty and no run made it"),
     ],
 )
@@ -120,7 +122,17 @@ def test_training_writes_a_row_once(corpus, tmp_path):
     [
         ({"tokens": 100}, "tokens = 100 is less than one batch of 128 tokens"),
         ({"learning_rate": 0.0}, "learning rate 0.0"),
+        ({"learning_rate": float("nan")}, "learning rate nan"),
+        ({"clip_norm": -1.0}, "clip_norm = -1.0: expected at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay = -0.1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"batch_size": 0}, "batch_size = 0: expected at least 1"),
+        ({"evaluation_batches": 0}, "evaluation_batches = 0"),
         ({"policy": "w17"}, "int17"),
+        ({"model": {"heads": 0}}, "heads = 0: expected at least 1"),
+        ({"model": {"layers": 0}}, "layers = 0: expected at least 1"),
+        ({"model": {"mlp_width": -8}}, "mlp_width = -8"),
+        ({"model": {"dtype": "float33"}}, "dtype = 'float33': expected one of float32"),
     ],
 )
 def test_an_experiment_checks_its_config(corpus, changes, message):

@@ -79,6 +79,22 @@ def test_stacked_layers_are_quantized_one_by_one_as_a_weights_policy_does(spelli
     np.testing.assert_array_equal(rounded(tokens_BT), policy(tokens_BT))
 
 
+def test_a_lone_layer_is_a_model_too():
+    layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    _, report = qat.ptq.quantize(layer, method="rtn", quantizer=qat.Quantizer.parse("int4"))
+    assert [line.quantized for line in report] == [False, True]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 100.0])
+def test_the_error_of_half_precision_weights_is_that_of_float32(size):
+    layer = nnx.Linear(64, 64, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(layer.kernel[...] * jnp.float16(size))
+    quantizer = qat.Quantizer.parse("int8/channel")
+    _, report = qat.ptq.quantize(layer, method="rtn", quantizer=quantizer)
+    error = next(line.relative_error for line in report if line.quantized)
+    assert error == 0 if size == 0 else 1e-3 < error < 3e-2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,6 +112,17 @@ def test_a_negative_addition_has_no_growth_factor(fit):
     assert "No growth factor" in verdict[2]
 
 
+def test_without_replicates_the_noise_is_called_unknown(fit):
+    rows = made_up_rows()
+    verdict = findings.summarise(rows[rows.seed == 0], fit).verdict
+    assert "the seed noise is unknown" in verdict[1]
+    assert "the noise of the differences is unknown" in verdict[3]
+
+
+def test_sixteen_bit_integers_are_not_called_unquantized():
+    assert findings.policy_label(pd.Series(row(1, 1, 0, "int16", 1.0))) == "wint16"
+
+
 def test_runs_that_diverged_are_counted(fit):
     rows = made_up_rows()
     rows.loc[(rows.weight_format == "int2") & (rows.params == 4000), "status"] = "diverged"

@@ -196,6 +196,19 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path):
         claim(workdir, {"policy": "w3", "seed": 0})
 
 
+def test_a_workdir_names_the_nested_setting_that_differs(tmp_path):
+    claim(tmp_path / "a", {"model": {"width": 8, "layers": 2}})
+    with pytest.raises(ValueError, match=r"\(model\.width is 8 there, 16 here\)"):
+        claim(tmp_path / "a", {"model": {"width": 16, "layers": 2}})
+
+
+def test_a_damaged_marker_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        claim(tmp_path, {"seed": 0})
+    assert (tmp_path / "config.json").read_text() == "{"
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not empty and no run made it"):
