@@ -49,7 +49,7 @@ class Row:
         schedule: name.
         flops: of training.
         status: "ok", "diverged" or "failed".
-        wall_s: training time of the session that finished the run, seconds.
+        wall_s: training time of the process that finished the run, seconds.
         data_fingerprint: of the corpus.
         config_hash: of the resolved config alone.
         versions: of the packages that matter.
