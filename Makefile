@@ -3,16 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not slow"
-
-test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

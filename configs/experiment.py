@@ -1,7 +1,7 @@
 """The keys every experiment has, with their defaults and units; other configs change some.
 
-Defaults follow Kumar et al. (arXiv 2411.04330, section 2 and appendix A) where they are not a
-matter of size: AdamW, cosine schedule after 10% of warm-up, weight decay 0.1.
+Optimizer and schedule are those of Kumar et al. (arXiv 2411.04330): AdamW with weight decay 0.1,
+cosine after 10% of warm-up. Sizes, rates, clipping and the final rate are our own.
 """
 
 import ml_collections

@@ -25,6 +25,13 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
+def cores() -> int:
+    """Processor cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def one_thread_per_run() -> None:
     """Stops XLA from splitting small matrices over cores, for programs that run one run a core."""
     flag = "--xla_cpu_multi_thread_eigen=false"

@@ -8,7 +8,6 @@ unquantized model to 2…8 bits, fits the precision law to the rows, prints the 
 """
 
 import collections
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +75,7 @@ def _run_missing(lab: Lab, experiments: Sequence[Experiment], folder: Path) -> N
     if not missing:
         return
     tokens = sum(each.tokens for each in missing) / 1e6
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(missing)))
+    workers = min(cpu.cores(), len(missing))
     with Meter("Training", tokens, "million tokens") as meter:
         pool = ThreadPoolExecutor(workers)
         try:

@@ -55,8 +55,7 @@ def constants_for(config: TransformerConfig, policy: Policy | Rules | None) -> C
 
 def matrix_params(config: TransformerConfig) -> int:
     """Parameters that take part in a matrix product, for counting FLOPs: no norms, no embedding."""
-    norms = config.layers * (3 * config.width + config.gated_width) + config.width
-    return config.params - norms + config.width * config.vocabulary
+    return config.kernel_params + config.width * config.vocabulary
 
 
 def _abstract(config: TransformerConfig, policy: Policy | Rules | None) -> Transformer:

@@ -77,13 +77,17 @@ class TransformerConfig:
         return self.mlp_width or -(-self.width * 8 // 24) * 8
 
     @property
-    def params(self) -> int:
-        """Parameters N as scaling laws count them: without embedding and head."""
+    def kernel_params(self) -> int:
+        """Parameters of the blocks' projections."""
         kv_width = self.width // self.heads * self.kv_heads
         attention = self.width * (2 * self.width + 2 * kv_width)
-        mlp = 3 * self.width * self.gated_width
-        norms = 3 * self.width + self.gated_width
-        return self.layers * (attention + mlp + norms) + self.width
+        return self.layers * (attention + 3 * self.width * self.gated_width)
+
+    @property
+    def params(self) -> int:
+        """Parameters N as scaling laws count them: without embedding and head."""
+        norms = self.layers * (3 * self.width + self.gated_width) + self.width
+        return self.kernel_params + norms
 
 
 class GatedMlp(nnx.Module):

@@ -22,7 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qat.formats import ArrayOrShape, Format, Grid, decode, encode, parse_format, round_to_grid
+from qat.formats import (
+    NAN_CODE,
+    ArrayOrShape,
+    Format,
+    Grid,
+    decode,
+    encode,
+    parse_format,
+    round_to_grid,
+)
 
 Granularity = Literal["tensor", "channel", "token"]
 Axis = int | Sequence[int]
@@ -133,7 +142,7 @@ class QTensor:
         """The array in its original dtype; equal to `fake_quant` of it bit for bit."""
         lowest = jnp.iinfo(self.codes.dtype).min
         codes = self.codes.astype(jnp.int32)
-        codes = jnp.where(codes == lowest, jnp.iinfo(jnp.int32).min, codes)
+        codes = jnp.where(codes == lowest, NAN_CODE, codes)
         return (decode(codes, self.format.grid()) * self.scale).astype(self.dtype)
 
 

@@ -46,8 +46,7 @@ def training_effects(summary: Summary) -> str:
                 cell.policy.map(position) + shift,
                 cell.delta,
                 linestyle="none",
-                marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)],
+                **_style(index),
                 label=f"N {params / 1e3:.0f}k, D {tokens / 1e6:.2g}M",
             )
         noise = 2 * summary.paired_noise
@@ -72,17 +71,12 @@ def rounding_by_tokens(summary: Summary, params: int) -> str:
                 means.index / 1e6,
                 means.delta,
                 yerr=np.minimum(means.se, 0.9 * means.delta),
-                marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)],
+                **_style(index),
                 capsize=3,
                 label=f"{bits:g} bits",
             )
-        axes.set_xscale("log")
         axes.set_yscale("log")
-        ticks = np.unique(table.tokens) / 1e6
-        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("training tokens D (millions)")
+        _token_axis(axes, table.tokens)
         axes.set_ylabel("loss added by rounding (nats/token)")
         axes.set_title(f"N = {params:,} parameters", fontsize=12)
         return _svg(figure, axes)
@@ -98,16 +92,11 @@ def loss_by_tokens(summary: Summary) -> str:
                 means.index / 1e6,
                 means.loss,
                 yerr=means.se,
-                marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)],
+                **_style(index),
                 capsize=3,
                 label=f"N = {params:,}",
             )
-        axes.set_xscale("log")
-        ticks = np.unique(table.tokens) / 1e6
-        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("training tokens D (millions)")
+        _token_axis(axes, table.tokens)
         axes.set_ylabel("validation loss (nats/token)")
         return _svg(figure, axes)
 
@@ -123,8 +112,7 @@ def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
                 ok.loss[chosen],
                 predicted[chosen],
                 linestyle="none",
-                marker=_MARKERS[index],
-                color=_COLOURS[index],
+                **_style(index),
                 alpha=0.7,
                 label=f"{label} ({chosen.sum()} rows)",
             )
@@ -133,6 +121,23 @@ def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
         axes.set_xlabel("measured loss (nats/token)")
         axes.set_ylabel("loss by the law (nats/token)")
         return _svg(figure, axes)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Marker and colour of a series."""
+    return {
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "color": _COLOURS[index % len(_COLOURS)],
+    }
+
+
+def _token_axis(axes: Axes, tokens: pd.Series) -> None:
+    """Training tokens, logarithmic, with a tick at every budget."""
+    axes.set_xscale("log")
+    ticks = np.unique(tokens) / 1e6
+    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("training tokens D (millions)")
 
 
 @contextmanager

@@ -133,18 +133,17 @@ def _training(rows: pd.DataFrame) -> pd.DataFrame:
 def _pooled_deviation(table: pd.DataFrame, by: list[str], column: str) -> float:
     """Root mean square, over replicated cells, of the standard deviation over seeds."""
     groups = table.groupby(["params", "tokens", *by])[column]
-    spread = groups.agg(["var", "count"])
-    spread = spread[spread["count"] > 1]
-    if spread.empty:
+    cells = [cell.to_numpy() for _, cell in groups if len(cell) > 1]
+    if not cells:
         return math.nan
-    freedom = spread["count"] - 1
-    return float(np.sqrt((spread["var"] * freedom).sum() / freedom.sum()))
+    squares = sum(float(np.sum((cell - cell.mean()) ** 2)) for cell in cells)
+    return math.sqrt(squares / sum(len(cell) - 1 for cell in cells))
 
 
 def _growths(rounding: pd.DataFrame) -> tuple[Growth, ...]:
     """Fewest against most tokens, for every size and width."""
-    positive = rounding[rounding.delta > 0]
-    logs = positive.assign(log_delta=np.log(positive.delta))
+    # An addition that is not positive has no logarithm, and makes the spread of its cell unknown.
+    logs = rounding.assign(log_delta=np.log(rounding.delta.where(rounding.delta > 0)))
     growths = []
     for _, group in rounding.groupby(["params", "bits"]):
         params, bits = int(group.params.iloc[0]), float(group.bits.iloc[0])

@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from qat.training.files import PARTIAL, write_whole
 from qat.training.step import TrainState
 
 
 class Checkpoints:
     """The checkpoints of one run in one folder; the newest two are kept."""
 
-    def __init__(self, folder: Path, config_hash: str, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, config_hash: str):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._config_hash = config_hash
 
@@ -79,10 +80,9 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
                 "choose another workdir or the same configuration"
             )
         return
-    if workdir.exists() and any(workdir.iterdir()):
+    if workdir.exists() and any(path.suffix != PARTIAL for path in workdir.iterdir()):
         raise ValueError(f"workdir {workdir} is not empty and no run made it; choose another")
-    workdir.mkdir(parents=True, exist_ok=True)
-    marker.write_text(text)
+    write_whole(marker, text)
 
 
 def _difference(marker: Path, config: dict[str, Any]) -> str:

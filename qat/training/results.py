@@ -7,7 +7,6 @@ in one atomic step, so readers never see half of them, and a table is the union 
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from qat.training.files import write_whole
 
 UNQUANTIZED_BITS = 16.0
 
@@ -98,10 +99,7 @@ def package_versions() -> str:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes a run's rows as JSON lines; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
 def read_rows(folder: Path) -> pd.DataFrame:

@@ -112,6 +112,14 @@ def test_a_negative_addition_has_no_growth_factor(fit):
     assert "No growth factor" in verdict[2]
 
 
+def test_a_replicate_without_a_logarithm_makes_the_noise_unknown(fit):
+    rows = made_up_rows()
+    rows.loc[(rows.ptq_bits == 3) & (rows.seed == 1), "ptq_delta"] = -1e-3
+    verdict = findings.summarise(rows, fit).verdict
+    assert "the seed noise is unknown" in verdict[1]
+    assert "beyond noise" in verdict[2]
+
+
 def test_without_replicates_the_noise_is_called_unknown(fit):
     rows = made_up_rows()
     verdict = findings.summarise(rows[rows.seed == 0], fit).verdict

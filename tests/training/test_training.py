@@ -202,6 +202,14 @@ def test_a_workdir_names_the_nested_setting_that_differs(tmp_path):
         claim(tmp_path / "a", {"model": {"width": 16, "layers": 2}})
 
 
+def test_a_workdir_whose_claim_was_killed_is_free(tmp_path):
+    (tmp_path / "config.json.123.partial").write_text("{")
+    claim(tmp_path, {"seed": 0})
+    claim(tmp_path, {"seed": 0})
+    with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
+        claim(tmp_path, {"seed": 1})
+
+
 def test_a_damaged_marker_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
