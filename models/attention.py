@@ -2,14 +2,16 @@
 
 Keys and values pass through the policy before they are used or stored, so training, evaluation
 and decoding see the same quantized cache. They are quantized after the rotation, as a cache
-stores them. Queries, keys and values come out of one projection, ordered by key-value head, so
-that sharding the heads over devices keeps each group together.
+stores them; queries and probabilities are quantized too where the policy names them. Queries,
+keys and values come out of one projection, ordered by key-value head, so that sharding the heads
+over devices keeps each group together.
 
 Shapes: B batch, T new tokens, S tokens attended to, D width, K key-value heads, G queries per
 key-value head, C channels of a head.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import qat.nnx
-from qat.policy import Rules
+from qat.policy import Policy, Rules
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,9 @@ class Attention(nnx.Module):
             policy=rules.policy_for(f"{path}/qkv"),
             rngs=rngs,
         )
-        self.cache = nnx.data(None if cache_policy is None else qat.nnx.FakeQuant(cache_policy))
+        self.cache = nnx.data(_fake_quant(cache_policy, "kv_cache"))
+        self.queries = nnx.data(_fake_quant(cache_policy, "queries"))
+        self.probabilities = nnx.data(_fake_quant(cache_policy, "probabilities"))
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.out = qat.nnx.Linear(
             width,
@@ -89,6 +93,8 @@ class Attention(nnx.Module):
         positions_T = position + jnp.arange(x_BTD.shape[1])
         q_BTKGC = rotate(q_BTKGC, positions_T, self.rope_base)
         k_BTKC = rotate(k_BTKC, positions_T, self.rope_base)
+        if self.queries is not None:
+            q_BTKGC = self.queries(q_BTKGC)
         if self.cache is not None:
             k_BTKC, v_BTKC = self.cache(k_BTKC), self.cache(v_BTKC)
         if cache is None:
@@ -100,7 +106,7 @@ class Attention(nnx.Module):
             cache = Cache(k_BSKC, v_BSKC)
             positions_S = jnp.arange(k_BSKC.shape[1])
         visible_TS = positions_T[:, None] >= positions_S[None, :]
-        mixed_BTKGC = attend(q_BTKGC, k_BSKC, v_BSKC, visible_TS)
+        mixed_BTKGC = attend(q_BTKGC, k_BSKC, v_BSKC, visible_TS, self.probabilities)
         return self.out(self.norm(mixed_BTKGC.reshape(x_BTD.shape))), cache
 
 
@@ -109,8 +115,9 @@ def attend(
     k_BSKC: Float[Array, "B S K C"],
     v_BSKC: Float[Array, "B S K C"],
     visible_TS: Array,
+    quantize: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T K G C"]:
-    """Softmax attention, with scores and probabilities in float32."""
+    """Softmax attention, scores and probabilities in float32; `quantize` rounds the latter."""
     scale = q_BTKGC.shape[-1] ** -0.5
     scores_BKGTS = jnp.einsum(
         "btkgc,bskc->bkgts", q_BTKGC * scale, k_BSKC, preferred_element_type=jnp.float32
@@ -118,7 +125,15 @@ def attend(
     lowest = jnp.finfo(jnp.float32).min
     scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, lowest)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKC.dtype)
+    if quantize is not None:
+        weights_BKGTS = quantize(weights_BKGTS)
     return jnp.einsum("bkgts,bskc->btkgc", weights_BKGTS, v_BSKC)
+
+
+def _fake_quant(policy: Policy | None, operand: str) -> qat.nnx.FakeQuant | None:
+    """What quantizes an operand of attention, where the policy names it."""
+    named = policy is not None and getattr(policy, operand) is not None
+    return qat.nnx.FakeQuant(policy, operand) if policy is not None and named else None
 
 
 def rotate(

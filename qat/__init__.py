@@ -1,35 +1,44 @@
 """Low-precision training research in JAX: formats, quantizers, policies and the contraction.
 
-The doors to Flax, to post-training quantization and to scaling laws are `qat.nnx`, `qat.ptq` and
-`qat.laws`; they are imported when first used, so that `import qat` stays light.
+The doors to Flax, to files, to post-training quantization and to scaling laws are `qat.nnx`,
+`qat.linen`, `qat.storage`, `qat.ptq` and `qat.laws`; they are imported when first used, so that
+`import qat` stays light.
 """
 
 import importlib
 from types import ModuleType
 
 from qat.dot_general import dot_general
-from qat.formats import Format, Grid, parse_format, round_to_grid
+from qat.einsum import einsum
+from qat.formats import Format, codebook, parse_format
+from qat.grid import Codebook, Grid, round_to_grid
 from qat.policy import Policy, Rules
-from qat.quantizer import QTensor, Quantizer, fake_quant, quantize
+from qat.quantization import QTensor, fake_quant, quantize
+from qat.quantizer import Quantizer
 
 __all__ = [
+    "Codebook",
     "Format",
     "Grid",
     "Policy",
     "QTensor",
     "Quantizer",
     "Rules",
+    "codebook",
     "dot_general",
+    "einsum",
     "fake_quant",
     "laws",
+    "linen",
     "nnx",
     "parse_format",
     "ptq",
     "quantize",
     "round_to_grid",
+    "storage",
 ]
 
-_ROOMS = ("laws", "nnx", "ptq")
+_ROOMS = ("laws", "linen", "nnx", "ptq", "storage")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,44 +1,44 @@
-"""Scale, round, scale back: one quantizer for training and for storage, so they cannot drift.
+"""What a quantizer is: format, granularity, where its scale comes from, how it rounds.
 
-`fake_quant` returns the quantized value in the input's own dtype with a straight-through
-gradient (Bengio et al., arXiv 1308.3432); `quantize` stores integer codes and scales. Both take
-their scales from `scales` and their rounding from `qat.formats`, and agree bit for bit.
+A `Quantizer` is a description; `qat.scales` reads its scale part and `qat.quantization` applies
+it, in training and in storage alike, so the two cannot drift. Its format may be traced, and so
+may the number it is given (`value`); everything else is structure and decides which program is
+compiled.
 
-The arithmetic is chosen so that no compiler can change it. Everything is float32, whatever the
-input dtype. XLA turns a division by a broadcast value into a product with its reciprocal where it
-likes, so we multiply by reciprocals ourselves. Scales are rounded to 20 significant bits: that
-absorbs the last-bit errors of a round trip, so that the scale of an already quantized array is
-the same number and quantization is idempotent bit for bit, while a largest magnitude still maps
-to the format's largest value. Scales stay between 2^-126 and 2^126, where reciprocals are normal.
+Sources: OCP Microscaling Formats 1.0 (mxfp8, mxfp6, mxfp4, mxint8); NVIDIA's NVFP4; QLoRA (arXiv
+2305.14314) for nf4; BitNet b1.58 (arXiv 2402.17764) for absmean; LSQ (arXiv 1902.08153) for
+learned scales; QuEST (arXiv 2502.05003) for Gaussian scales and the trust estimator.
 """
 
 import dataclasses
-import difflib
-import operator
-from collections.abc import Sequence
+import re
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import jax.tree_util
 
-from qat.formats import (
-    NAN_CODE,
-    ArrayOrShape,
-    Format,
-    Grid,
-    decode,
-    encode,
-    parse_format,
-    round_to_grid,
-)
+from qat.formats import Format, gaussian_clip, parse_format
+from qat.grid import AnyGrid
+from qat.spelling import expected_one_of, nearest
 
-Granularity = Literal["tensor", "channel", "token"]
-Axis = int | Sequence[int]
+Granularity = Literal["tensor", "channel", "token", "block"]
+ScaleMethod = Literal["absmax", "absmean", "percentile", "mse", "gaussian", "fixed", "learned"]
+ScaleFormat = Literal["e8m0", "e4m3"]
+Rounding = Literal["nearest", "stochastic"]
+Gradient = Literal["identity", "clipped", "trust"]
 
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
-_DROPPED_BITS = 4  # of a scale's 24
-_STORAGE = {8: jnp.int8, 16: jnp.int16, 32: jnp.int32}
+_WITH_ZERO_POINT = ("absmax", "percentile", "mse", "fixed")
+_STATIC: dict[str, Any] = {"static": True}
+_NAMES = {
+    "mxfp8": "e4m3/block:32/e8m0",
+    "mxfp8e5m2": "e5m2/block:32/e8m0",
+    "mxfp6": "e2m3/block:32/e8m0",
+    "mxfp6e3m2": "e3m2/block:32/e8m0",
+    "mxfp4": "e2m1/block:32/e8m0",
+    "mxint8": "int8/block:32/e8m0",
+    "nvfp4": "e2m1/block:16/e4m3",
+    "nf4": "nf4/block:64",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -46,49 +46,104 @@ _STORAGE = {8: jnp.int8, 16: jnp.int16, 32: jnp.int32}
 class Quantizer:
     """How one operand is quantized.
 
-    The format may be a host `Format` (static) or a `Grid` (traced); everything else is structure
-    and decides which program is compiled. As a pytree, its leaves are the grid's numbers.
+    As a pytree its leaves are the format's numbers, once `traced`, and `value`.
 
     Attributes:
-        format: a `Format`, its name, or a `Grid`.
-        granularity: "tensor", one scale for all; "channel" (of a weight) or "token" (of an
-            activation or cache), one scale for each slice along the contraction axes.
+        format: a `Format`, its name, or a traced `Grid` or `Codebook`.
+        granularity: which elements share a scale: "tensor", all; "channel" (of a weight) or
+            "token" (of an activation or cache), those of one slice along the contraction axes;
+            "block", `block_size` neighbours along the last contraction axis.
+        block_size: for "block"; a pair also groups the last axis that is not contracted, as for
+            square blocks of weights.
+        scale: where the scale comes from. "absmax": the largest magnitude becomes the format's;
+            "absmean": the mean magnitude becomes 1 (BitNet's); "percentile": that percentile of
+            the magnitudes instead of the largest; "mse": the least squared error among 100
+            shrunken ranges; "gaussian": the clip that is best for normal values, times their
+            root mean square; "fixed": `value` is the largest magnitude; "learned": `value` is the
+            scale, with LSQ's gradient.
+        scale_format: None, float32; "e8m0", powers of two by the rule of OCP MX; "e4m3", NVFP4's
+            two levels, with one float32 scale a tensor above them.
+        zero_point: integers only: the range from the smallest to the largest value (and zero) is
+            mapped to all codes, with an integer for zero.
+        rounding: "nearest", ties to even; "stochastic", which needs a key.
+        gradient: straight-through estimator: "identity"; "clipped", zero outside the range;
+            "trust", zero where the error exceeds half the format's largest step.
+        percentile: for that scale, in percent.
+        value: float32, scalar or of the scale's shape; for "fixed" with a zero point the pair
+            (smallest, largest value). None for other scales, or where a layer supplies it.
     """
 
-    format: Format | Grid
-    granularity: Granularity = dataclasses.field(default="tensor", metadata={"static": True})
+    format: Format | AnyGrid
+    granularity: Granularity = dataclasses.field(default="tensor", metadata=_STATIC)
+    block_size: int | tuple[int, int] | None = dataclasses.field(default=None, metadata=_STATIC)
+    scale: ScaleMethod = dataclasses.field(default="absmax", metadata=_STATIC)
+    scale_format: ScaleFormat | None = dataclasses.field(default=None, metadata=_STATIC)
+    zero_point: bool = dataclasses.field(default=False, metadata=_STATIC)
+    rounding: Rounding = dataclasses.field(default="nearest", metadata=_STATIC)
+    gradient: Gradient = dataclasses.field(default="identity", metadata=_STATIC)
+    percentile: float = dataclasses.field(default=99.9, metadata=_STATIC)
+    value: Any = None
 
-    def __init__(self, format: Format | Grid | str, granularity: Granularity = "tensor"):
+    def __init__(
+        self,
+        format: Format | AnyGrid | str,
+        granularity: Granularity = "tensor",
+        block_size: int | tuple[int, int] | None = None,
+        scale: ScaleMethod = "absmax",
+        scale_format: ScaleFormat | None = None,
+        zero_point: bool = False,
+        rounding: Rounding = "nearest",
+        gradient: Gradient = "identity",
+        percentile: float = 99.9,
+        value: Any = None,
+    ):
         """Checks and stores; a format name is parsed."""
-        if granularity not in get_args(Granularity):
-            nearest = difflib.get_close_matches(str(granularity), get_args(Granularity), 1, 0.0)[0]
-            raise ValueError(
-                f"unknown granularity {granularity!r}: expected one of "
-                f"{', '.join(get_args(Granularity))}; nearest is {nearest!r}"
-            )
-        object.__setattr__(
-            self, "format", parse_format(format) if isinstance(format, str) else format
-        )
-        object.__setattr__(self, "granularity", granularity)
+        fields = dict(locals())
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, fields[field.name])
+        if isinstance(format, str):
+            object.__setattr__(self, "format", parse_format(format))
+        self._check()
 
     @classmethod
     def parse(cls, text: str) -> "Quantizer":
-        """Reads "FORMAT" or "FORMAT/GRANULARITY", such as "int4/channel".
+        """Reads "FORMAT" and any of its options, such as "int4/block:128/mse".
+
+        After the format, in any order, separated by "/": a granularity (``channel``,
+        ``block:32``, ``block:128x128``), a scale method (``mse``, ``percentile:99.5``), a scale
+        format (``e8m0``, ``e4m3``), ``zero_point``, ``stochastic``, ``clipped`` or ``trust``.
+        Whole quantizers by name, which may be followed by options too: ``mxfp8``, ``mxfp8e5m2``,
+        ``mxfp6``, ``mxfp6e3m2``, ``mxfp4``, ``mxint8``, ``nvfp4`` and ``nf4`` (blocks of 64).
 
         Raises:
-            ValueError: unknown format or granularity, with the nearest valid spelling.
+            ValueError: unknown word, with the nearest valid spelling.
         """
-        name, _, granularity = text.partition("/")
-        return cls(parse_format(name), granularity or "tensor")  # type: ignore[arg-type]
+        name, *options = text.strip().split("/")
+        parts = _NAMES.get(name.lower(), name).split("/")
+        if parts[1:] and any(option.partition(":")[0] in _GRANULARITIES for option in options):
+            parts = [parts[0], *(p for p in parts[1:] if not p.startswith("block"))]
+        if any(format_ in options for format_ in get_args(ScaleFormat)):
+            parts = [parts[0], *(p for p in parts[1:] if p not in get_args(ScaleFormat))]
+        fields: dict[str, Any] = {}
+        for option in [*parts[1:], *options]:
+            new = _parsed_option(option, text)
+            if repeated := sorted(new.keys() & fields.keys()):
+                raise ValueError(f"quantizer {text!r}: {repeated[0]} is given twice")
+            fields |= new
+        return cls(_parsed_format(parts[0]), **fields)
 
     @property
-    def grid(self) -> Grid:
-        """The format's numbers as arrays."""
+    def grid(self) -> AnyGrid:
+        """The format's values as arrays."""
         return self.format.grid() if isinstance(self.format, Format) else self.format
 
     def traced(self) -> "Quantizer":
-        """The same quantizer with its format as data: what a model's state holds."""
-        return dataclasses.replace(self, format=self.grid)
+        """The same quantizer with its format and its number as data: what a model's state holds."""
+        value = self.value
+        if self.scale == "gaussian" and value is None and isinstance(self.format, Format):
+            value = gaussian_clip(self.format)
+        value = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), value)
+        return dataclasses.replace(self, format=self.grid, value=value)
 
     @property
     def bits(self) -> float:
@@ -100,147 +155,113 @@ class Quantizer:
         """The format, where it is known on the host.
 
         Raises:
-            ValueError: the format is a traced `Grid`, which has numbers but no name.
+            ValueError: the format is traced: it has numbers but no name.
         """
         if not isinstance(self.format, Format):
-            raise ValueError("this needs a named Format, got a traced Grid")
+            raise ValueError("this needs a named Format, got a traced grid")
         return self.format
+
+    @property
+    def structure(self) -> str:
+        """All that is compiled into a program, in the words that `parse` reads."""
+        size = self.block_size
+        block = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+        method = f"percentile:{self.percentile:g}" if self.scale == "percentile" else self.scale
+        parts = [
+            f"block:{block}" if self.granularity == "block" else self.granularity,
+            self.scale_format,
+            method if self.scale != "absmax" else None,
+            "zero_point" if self.zero_point else None,
+            self.rounding if self.rounding != "nearest" else None,
+            self.gradient if self.gradient != "identity" else None,
+        ]
+        return "/".join(part for part in parts if part)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it changes its operand; a traced format may."""
+        return not isinstance(self.format, Format) or self.format.quantizes
+
+    @property
+    def spelling(self) -> str:
+        """The spelling that `parse` reads, but "traced" in place of a traced format."""
+        return str(self) if isinstance(self.format, Format) else f"traced/{self.structure}"
 
     def __str__(self) -> str:
         """The spelling that `parse` reads."""
-        return f"{self.host_format()}/{self.granularity}"
+        spelling = f"{self.host_format()}/{self.structure}"
+        names = {text: name for name, text in _NAMES.items()}
+        return names.get(spelling, spelling)
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class QTensor:
-    """A quantized array: integer codes and float32 scales.
-
-    Attributes:
-        codes: int8 up to 8 bits, else int16 (int32 for "none"); the shape of the array.
-        scale: float32, broadcasts against `codes`.
-        format: of the codes.
-        dtype: name of the dtype of the array that was quantized.
-    """
-
-    codes: Int[ArrayOrShape, "..."]
-    scale: Float[ArrayOrShape, "..."]
-    format: Format = dataclasses.field(metadata={"static": True})
-    dtype: str = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.codes.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory by codes and scales."""
-        return int(self.codes.nbytes + self.scale.nbytes)
-
-    def dequantize(self) -> Float[Array, "..."]:
-        """The array in its original dtype; equal to `fake_quant` of it bit for bit."""
-        lowest = jnp.iinfo(self.codes.dtype).min
-        codes = self.codes.astype(jnp.int32)
-        codes = jnp.where(codes == lowest, NAN_CODE, codes)
-        return (decode(codes, self.format.grid()) * self.scale).astype(self.dtype)
-
-
-def scales(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Float[Array, "..."]:
-    """Scales of `x`: what it is divided by before rounding. No gradient flows through them.
-
-    A NaN, or an infinity under a scaled format, makes its whole group NaN: nothing that went
-    wrong is rounded to a harmless number.
-
-    Args:
-        x: floating-point array.
-        quantizer: its granularity decides which axes share a scale.
-        axis: contraction axis or axes of `x`.
-
-    Returns:
-        float32 of the shape of `x` with 1 in every axis that shares a scale.
-
-    Raises:
-        ValueError: `axis` is not an axis of `x`; `x` is not floating point.
-    """
-    axes = _normalized_axes(x, axis)
-    shared = None if quantizer.granularity == "tensor" else axes
-    grid = quantizer.grid
-    x = jax.lax.stop_gradient(x)
-    amax = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0).astype(jnp.float32)
-    scale = _rounded(amax * (1 / grid.max_value))
-    scale = jnp.clip(scale, _SMALLEST_SCALE, _LARGEST_SCALE)
-    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    return jnp.where(grid.scaled, scale, jnp.ones_like(scale))
-
-
-def fake_quant(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Float[Array, "..."]:
-    """Quantizes and dequantizes; the gradient passes straight through.
-
-    Args:
-        x: floating-point array.
-        quantizer: format (host or traced) and granularity.
-        axis: contraction axis or axes of `x`.
-
-    Returns:
-        Array of the shape and dtype of `x`. Within a millionth of float32's largest value, where
-        the rounded scale times the format's largest value overflows, the result is infinite.
-
-    Raises:
-        ValueError: as in `scales`.
-    """
-    scale = scales(x, quantizer, axis)
-    y = jax.lax.stop_gradient(x).astype(jnp.float32) * (1 / scale)
-    return _straight_through(x, (round_to_grid(y, quantizer.grid) * scale).astype(x.dtype))
-
-
-def quantize(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> QTensor:
-    """Quantizes to stored codes and scales.
-
-    Args:
-        x: floating-point array.
-        quantizer: needs a named format.
-        axis: contraction axis or axes of `x`.
-
-    Raises:
-        ValueError: as in `scales`; the format is a traced `Grid`.
-    """
-    fmt = quantizer.host_format()
-    scale = scales(x, quantizer, axis)
-    storage = _STORAGE[8 if fmt.bits <= 8 else 16 if fmt.bits <= 16 else 32]
-    codes = encode(x.astype(jnp.float32) * (1 / scale), fmt.grid())
-    codes = jnp.maximum(codes, jnp.iinfo(storage).min).astype(storage)
-    return QTensor(codes, scale, fmt, str(x.dtype))
-
-
-def _rounded(scale: Array) -> Array:
-    """Positive float32 to 20 significant bits, nearest, ties to even."""
-    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    odd = (bits >> _DROPPED_BITS) & 1
-    bits = (bits + (1 << _DROPPED_BITS - 1) - 1 + odd) >> _DROPPED_BITS << _DROPPED_BITS
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-@jax.custom_jvp
-def _straight_through(x: Array, quantized: Array) -> Array:
-    """`quantized`, with the derivative of `x`."""
-    return quantized
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[1], tangents[0]
-
-
-def _normalized_axes(x: Array, axis: Axis) -> tuple[int, ...]:
-    """Non-negative axes, checked against the rank of `x`."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"only floating-point arrays can be quantized, got dtype {x.dtype}")
-    axes = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
-    for a in axes:
-        if not -x.ndim <= a < x.ndim:
+    def _check(self) -> None:
+        """Raises ValueError where a field is unknown or fields contradict each other."""
+        for field, options in _OPTIONS.items():
+            if (word := getattr(self, field)) not in options and word is not None:
+                raise ValueError(expected_one_of(field.replace("_", " "), word, options))
+        if (self.granularity == "block") != (self.block_size is not None):
             raise ValueError(
-                f"axis {a} is not an axis of an array of shape {x.shape}: "
-                f"expected {-x.ndim} to {x.ndim - 1}"
+                f"granularity {self.granularity!r} with block_size {self.block_size}: "
+                "a block size goes with granularity 'block', as in 'int4/block:32'"
             )
-    return tuple(a % x.ndim for a in axes)
+        for size in jax.tree.leaves(self.block_size):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"block_size {self.block_size}: expected integers above 0")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile {self.percentile}: expected more than 0, at most 100")
+        if self.zero_point:
+            self._check_zero_point()
+
+    def _check_zero_point(self) -> None:
+        if isinstance(self.format, Format) and not (
+            self.format.is_integer or not self.format.scaled
+        ):
+            raise ValueError(
+                f"zero_point with format {self.format}: only integers can be shifted; "
+                f"nearest is 'uint{max(1, round(self.format.bits))}'"
+            )
+        if self.scale not in _WITH_ZERO_POINT or self.scale_format is not None:
+            raise ValueError(
+                f"zero_point with scale {self.scale!r} and scale format {self.scale_format!r}: "
+                f"expected one of {', '.join(_WITH_ZERO_POINT)}, and float32 scales"
+            )
+
+
+_GRANULARITIES = get_args(Granularity)
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "granularity": _GRANULARITIES,
+    "scale": get_args(ScaleMethod),
+    "scale_format": get_args(ScaleFormat),
+    "rounding": get_args(Rounding),
+    "gradient": get_args(Gradient),
+}
+_FIELD_OF = {word: field for field, words in _OPTIONS.items() for word in words}
+_BLOCK = re.compile(r"block:(\d+)(?:x(\d+))?")
+_PERCENTILE = re.compile(r"percentile:(\d+(?:\.\d+)?)")
+
+
+def _parsed_option(option: str, text: str) -> dict[str, Any]:
+    """The fields that one word of a spelling sets."""
+    if match := _BLOCK.fullmatch(option):
+        size = (int(match[1]), int(match[2])) if match[2] else int(match[1])
+        return {"granularity": "block", "block_size": size}
+    if match := _PERCENTILE.fullmatch(option):
+        return {"scale": "percentile", "percentile": float(match[1])}
+    if option == "zero_point":
+        return {"zero_point": True}
+    if option in _FIELD_OF and option != "block":
+        return {_FIELD_OF[option]: option}
+    words = ["block:32", "percentile:99.9", "zero_point", *_FIELD_OF]
+    words.remove("block")
+    raise ValueError(f"quantizer {text!r}: {expected_one_of('option', option, words)}")
+
+
+def _parsed_format(name: str) -> Format:
+    try:
+        return parse_format(name)
+    except ValueError as error:
+        closest = nearest(name, _NAMES)
+        if closest[:2] == name[:2].lower():
+            raise ValueError(
+                f"unknown format or quantizer {name!r}; nearest is {closest!r}"
+            ) from error
+        raise

@@ -20,7 +20,22 @@ hypothesis.settings.register_profile("deterministic", deadline=None, derandomize
 hypothesis.settings.load_profile("deterministic")
 
 # Whose annotations are checked, as PEP 484 has them: an int is a float.
-CHECKED = ["qat.formats", "qat.quantizer", "qat.policy", "qat.dot_general", "qat.nnx"]
+CHECKED = [
+    "qat.grid",
+    "qat.formats",
+    "qat.noise",
+    "qat.quantizer",
+    "qat.groups",
+    "qat.scales",
+    "qat.quantization",
+    "qat.calibration",
+    "qat.policy",
+    "qat.native",
+    "qat.dot_general",
+    "qat.einsum",
+    "qat.convolution",
+    "qat.nnx",
+]
 jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )

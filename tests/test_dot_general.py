@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 
 from qat.dot_general import dot_general
 from qat.policy import Policy
-from qat.quantizer import Quantizer, fake_quant
+from qat.quantization import fake_quant
+from qat.quantizer import Quantizer
 
 W4A8 = Policy.parse("w4a8")
 DENSE = (((1,), (0,)), ((), ()))

@@ -71,7 +71,7 @@ def test_every_shorthand_has_one_structure():
 
 def test_a_traced_policy_holds_numbers_and_no_names():
     policy = Policy.parse("w4a8kv4").traced()
-    assert [leaf.shape for leaf in jax.tree.leaves(policy)] == [(5,)] * 3
+    assert [leaf.shape for leaf in jax.tree.leaves(policy)] == [(6,)] * 3
     with pytest.raises(ValueError, match="named Format"):
         policy.format_name("weights")
 
@@ -93,7 +93,7 @@ def test_a_policy_without_operands_is_written_none():
         ("", "unknown policy '': it is empty"),
         ("w4w8", "the same operand twice at 'w8'"),
         ("w4x8", "unknown policy 'w4x8'.* at 'x8'.*nearest example is 'w4a8'"),
-        ("4", "expected w, a or kv and a format at '4'"),
+        ("4", "expected w, a, kv, q, p, grad and a format at '4'"),
         ("w", "at 'w'"),
         ("w4 a8", "at ' a8'"),
         ("w17", "'int17'.*nearest is 'int16'"),
@@ -127,3 +127,9 @@ def test_a_layer_without_a_rule_is_an_error():
 def test_a_broken_pattern_is_an_error():
     with pytest.raises(ValueError, match=r"rule '\(' is not a regular expression"):
         Rules([("(", None)])
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_rules_in_no_order_are_an_error():
+    with pytest.raises(ValueError, match="got a dict"):
+        Rules({"a": "w4"})

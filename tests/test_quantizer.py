@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from qat.formats import parse_format
-from qat.quantizer import QTensor, Quantizer, fake_quant, quantize, scales
+from qat.quantization import QTensor, fake_quant, quantize
+from qat.quantizer import Quantizer
+from qat.scales import scale_for
 
 INTEGERS = [f"int{bits}" for bits in range(1, 17)]
 FLOATS = [f"e{x}m{y}" for x in range(1, 9) for y in range(11)]
@@ -23,6 +25,12 @@ SMALLEST_NORMAL = np.finfo(np.float32).tiny
 
 
 compiled = jax.jit(fake_quant, static_argnames="axis")
+
+
+def scales(x, quantizer, axis):
+    return scale_for(x, quantizer, axis).scale
+
+
 compiled_scales = jax.jit(scales, static_argnames="axis")
 
 
@@ -338,9 +346,10 @@ def test_the_granularity_may_be_left_out():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int4/chanel", "unknown granularity 'chanel'.*nearest is 'channel'"),
+        ("int4/chanel", "unknown option 'chanel'.*nearest is 'channel'"),
         ("itn4/channel", "unknown format 'itn4'.*nearest is 'int4'"),
-        ("int4/channel/2", "granularity .*channel/2"),
+        ("int4/channel/2", "unknown option '2'"),
+        ("int4/channel/token", "granularity is given twice"),
     ],
 )
 def test_an_unknown_spelling_is_an_error(text, message):

@@ -15,13 +15,14 @@ error name the row that caused it. The rules:
 """
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from qat.spelling import expected_one_of
 
 UNQUANTIZED_BITS = 16.0
 BITS_COLUMNS = ("weight_bits", "activation_bits", "kv_bits", "ptq_bits")
@@ -125,8 +126,7 @@ def as_table(
 
 def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
     """The error for a name that is not among the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return ValueError(f"unknown {kind} {name!r}: did you mean {near!r}? known: {', '.join(known)}")
+    return ValueError(expected_one_of(kind, name, known))
 
 
 def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ declares (never guessed from a shape), and reports every parameter, quantized or
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,7 +15,9 @@ import numpy as np
 from flax import nnx
 
 from qat.ptq.rtn import round_to_nearest
-from qat.quantizer import QTensor, Quantizer
+from qat.quantization import QTensor
+from qat.quantizer import Quantizer
+from qat.spelling import expected_one_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 Method = Callable[[jax.Array, Quantizer, tuple[int, ...]], QTensor]
@@ -62,11 +63,7 @@ def quantize(
         ValueError: unknown method, invalid `skip`, or nothing to quantize.
     """
     if method not in _METHODS:
-        nearest = difflib.get_close_matches(method, _METHODS, 1, 0.0)[0]
-        raise ValueError(
-            f"unknown method {method!r}: expected one of {', '.join(_METHODS)}; "
-            f"nearest is {nearest!r}"
-        )
+        raise ValueError(expected_one_of("method", method, _METHODS))
     try:
         re.compile(skip or "")
     except re.error as error:

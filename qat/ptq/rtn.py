@@ -6,7 +6,8 @@ evaluating under a weights-only policy gives the same losses bit for bit.
 
 import jax
 
-from qat.quantizer import QTensor, Quantizer, quantize
+from qat.quantization import QTensor, quantize
+from qat.quantizer import Quantizer
 
 
 def round_to_nearest(weight: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> QTensor:

@@ -17,7 +17,6 @@ are prepared. That is right for the corpora of scaling studies on small models.
 
 import collections
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -29,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer, UInt8
+
+from qat.spelling import nearest
 
 # N: tokens.
 
@@ -131,10 +132,9 @@ def parse_source(spec: str, data_dir: str | Path | None = None) -> Source:
     """
     kind, colon, argument = spec.partition(":")
     if kind not in _READERS:
-        nearest = difflib.get_close_matches(kind, _READERS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown source {spec!r}; expected 'stdlib', 'folder:PATH' or "
-            f"'tfds:NAME[/CONFIG][#KEY]'; the nearest is {nearest!r}"
+            f"'tfds:NAME[/CONFIG][#KEY]'; nearest is {nearest(kind, _READERS)!r}"
         )
     if kind == "stdlib" and colon:
         raise ValueError(f"source {spec!r} takes no argument; expected 'stdlib'")

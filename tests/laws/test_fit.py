@@ -281,8 +281,8 @@ def test_rows_and_sizes_are_counted():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"law": "precison"}, "unknown law 'precison': did you mean 'precision'"),
-        ({"loss": "hubber"}, "unknown loss 'hubber': did you mean 'huber'"),
+        ({"law": "precison"}, "unknown law 'precison': .*nearest is 'precision'"),
+        ({"loss": "hubber"}, "unknown loss 'hubber': .*nearest is 'huber'"),
         ({"delta": 0.0}, "delta must be positive and finite, not 0.0"),
         ({"bootstrap": -1}, "bootstrap must be at least 0, not -1"),
         ({"starts": 0}, "starts must be at least 1, not 0"),

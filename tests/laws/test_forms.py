@@ -181,7 +181,7 @@ def test_missing_parameter_and_unknown_law_are_named():
     params = {name: value for name, value in TABLE_2.items() if name != "gamma_w"}
     with pytest.raises(ValueError, match="gamma_w"):
         get_law("precision").predict(params, runs())
-    with pytest.raises(ValueError, match="did you mean 'chinchilla'"):
+    with pytest.raises(ValueError, match="nearest is 'chinchilla'"):
         get_law("chincilla")
 
 

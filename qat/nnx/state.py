@@ -1,0 +1,148 @@
+"""What is put into a quantized model from outside: policies, noise keys, calibrated ranges."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qat.nnx.slots import LearnedScale, Slot, StaticRange
+from qat.noise import fold, words_of
+from qat.policy import AnyRules, Policy, Rules
+
+_SLOTS = ("dot_general", "einsum_op", "conv_general_dilated", "attention_fn")
+
+
+def set_policy(model: nnx.Module, policy: AnyRules) -> None:
+    """Puts other numbers into a model's policies; its compiled programs serve on.
+
+    Args:
+        model: built or converted with a policy; changed in place.
+        policy: one for every quantized layer, or rules by layer path.
+
+    Raises:
+        ValueError: nothing in the model is quantized, or a layer's structure (which operands,
+            which granularity, …) differs from that of its new policy.
+    """
+    slots = _slots(model, "set_policy")
+    rules = Rules.of(policy)
+    new = [_fitted(path, slot, rules) for path, slot in slots]
+    for (_, slot), value in zip(slots, new, strict=True):
+        slot.policy.set_value(value)
+
+
+def set_key(model: nnx.Module, key: jax.Array) -> None:
+    """Gives every place that may round stochastically its noise, for one step.
+
+    Args:
+        model: built or converted with a policy; changed in place. Inside a compiled step the key
+            may be traced.
+        key: JAX random key; use another for every step, such as ``jax.random.fold_in(key, step)``.
+
+    Raises:
+        ValueError: nothing in the model is quantized.
+    """
+    for place, (_, slot) in enumerate(_slots(model, "set_key")):
+        words = fold(words_of(key), jnp.uint32(place))
+        for size in _stack(slot):
+            layers = jnp.arange(size, dtype=jnp.uint32)
+            words = jax.vmap(lambda layer, words=words: fold(words, layer), out_axes=-2)(layers)
+        slot.key.set_value(words)
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    decay: float | None = None,
+    call: Callable[[Any, Any], Any] | None = None,
+) -> None:
+    """Sets static ranges and learned scales of activations from what batches of data show.
+
+    Args:
+        model: with fixed or learned scales of activations; changed in place.
+        batches: inputs of the model; what was calibrated before is forgotten.
+        decay: of an exponential moving average, between 0 and 1; None takes the widest range.
+        call: (model, batch) → anything, how a batch runs; None is ``model(batch)``.
+
+    Raises:
+        ValueError: the model holds no such scale, there is no batch, or `decay` is not between 0
+            and 1.
+    """
+    if decay is not None and not 0 < decay < 1:
+        raise ValueError(f"decay {decay}: expected between 0 and 1, such as 0.9")
+    slots = [slot for _, slot in _slots(model, "calibrate")]
+    held = [value for slot in slots for value in _followed(slot)]
+    if not held:
+        raise ValueError(
+            "calibrate: no activation has a fixed or learned scale; "
+            "expected a policy such as Policy(activations='int8/fixed')"
+        )
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        raise ValueError("calibrate: expected at least one batch")
+    for value in held:
+        value.set_value(jnp.full_like(value.get_value(), jnp.nan))
+
+    @nnx.jit
+    def run(model: nnx.Module, batch: Any) -> None:
+        (call or _call)(model, batch)
+
+    for slot in slots:
+        slot.observing = decay
+    try:
+        for batch in itertools.chain([first], batches):
+            run(model, batch)
+    finally:
+        for slot in slots:
+            slot.observing = False
+
+
+def _call(model: Any, batch: Any) -> Any:
+    return model(batch)
+
+
+def _followed(slot: Slot) -> list[nnx.Variable[Any]]:
+    """The numbers of a slot that follow data: not those of weights."""
+    held = [getattr(slot, f"{name}_value") for name in slot.operands if name != "weights"]
+    return [value for value in held if isinstance(value, LearnedScale | StaticRange)]
+
+
+def _slots(model: nnx.Module, function: str) -> list[tuple[str, Slot]]:
+    """Slots with the path of their layer."""
+    nodes = nnx.iter_graph(model)
+    slots = [(layer_path(path), node) for path, node in nodes if isinstance(node, Slot)]
+    if not slots:
+        raise ValueError(f"{function}: the model has no quantized layer; build it with a policy")
+    return slots
+
+
+def layer_path(path: Iterable[Any]) -> str:
+    """Path of a layer from that of its slot."""
+    return "/".join(str(part) for part in path if part not in _SLOTS)
+
+
+def _stack(slot: Slot) -> tuple[int, ...]:
+    """Leading axes of the stack of layers that a slot belongs to."""
+    leaves = jax.tree.leaves(slot.policy.get_value())
+    return tuple(leaves[0].shape[:-1]) if leaves else ()
+
+
+def _fitted(path: str, slot: Slot, rules: Rules) -> Policy:
+    """The new value of one policy state, in the shapes of the old (a scanned stack has axes)."""
+    old: Policy = slot.policy.get_value()
+    policy = rules.policy_for(path) or Policy()
+    new = policy.restricted(slot.operands).traced()
+    if _structure(new) != _structure(old):
+        raise ValueError(
+            f"set_policy: layer {path!r} was compiled for {old.structure}, "
+            f"the new policy has {new.structure}"
+        )
+    fitted: Policy = jax.tree.map(lambda new, old: jnp.broadcast_to(new, old.shape), new, old)
+    return fitted
+
+
+def _structure(policy: Policy) -> Any:
+    return jax.tree.structure(policy)

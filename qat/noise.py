@@ -1,0 +1,58 @@
+"""Random bits for stochastic rounding: a hash of the element's position and a key.
+
+`jax.random.bits` costs more than the rounding it serves and is stored in memory before it is
+used. A hash of a counter is fused into the rounding, partitions with the array it belongs to and
+is a pure function of (key, position). Two rounds of a well-mixing 32-bit permutation, with half
+of the key before each, are plenty for rounding and nothing more: this is no source of randomness
+for anything else.
+
+Keys are folded by appending a word. The multipliers are the low-bias constants of Wellons' search
+over such permutations.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+
+def random_bits(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Uniformly random uint32, a pure function of key and position.
+
+    Args:
+        key: a JAX key, typed or raw, or the words of `fold`.
+        shape: of the result.
+    """
+    bits = _position(shape)
+    for word in words_of(key):
+        bits = _mixed(bits ^ word)
+    return bits
+
+
+def words_of(key: Array) -> UInt32[Array, " words"]:
+    """The words of a JAX key, typed or raw."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return (jax.random.key_data(key) if typed else key).astype(jnp.uint32)
+
+
+def fold(words: UInt32[Array, "*stack words"], number: Array) -> UInt32[Array, "*stack more"]:
+    """The words of another key for every number: one word more."""
+    word = jnp.broadcast_to(number.astype(jnp.uint32), (*words.shape[:-1], 1))
+    return jnp.concatenate([words, word], axis=-1)
+
+
+def _position(shape: tuple[int, ...]) -> Array:
+    """Each element's index in row-major order, modulo 2**32."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        index = index + stride * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return index
+
+
+def _mixed(bits: Array) -> Array:
+    """A permutation of the 32-bit integers that looks random."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
