@@ -7,7 +7,6 @@ unquantized model to 2…8 bits, fits the precision law to the rows, prints the 
 `report.html`. Stop it at any moment; the same command goes on with the runs that are missing.
 """
 
-import collections
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from launch import cpu
 from launch.experiment import Experiment, Lab
 from launch.main import run
 from launch.progress import Meter
+from launch.timing import counting_compiles
 from qat import laws
 from qat.policy import Policy
 from qat.report import findings, page
@@ -40,7 +40,6 @@ def main(argv: list[str]) -> None:
     del argv
     start = time.perf_counter()
     cpu.one_thread_per_run()
-    compiled = _count_compiled_programs()
     workdir = Path(_WORKDIR.value)
     experiments = [Experiment.from_config(config.to_dict()) for config in demo.get_configs()]
     lab = Lab(Path(_DATA_DIR.value), devices=jax.devices()[:1])
@@ -51,7 +50,8 @@ def main(argv: list[str]) -> None:
             "data_fingerprint": lab.dataset(experiments[0]).fingerprint,
         },
     )
-    _run_missing(lab, experiments, workdir / "rows")
+    with counting_compiles() as compiled:
+        _run_missing(lab, experiments, workdir / "rows")
     rows = read_rows(workdir / "rows")
     print("Fitting the precision law …", flush=True)
     fit = laws.fit("precision", rows, bootstrap=1000, seed=0)
@@ -135,19 +135,6 @@ def _line(row: Row) -> str:
 
 def _rows_path(lab: Lab, experiment: Experiment, folder: Path) -> Path:
     return folder / f"{lab.run_id(experiment)}.jsonl"
-
-
-def _count_compiled_programs() -> collections.Counter[str]:
-    """Counts, from now on, what XLA compiles, by the name of the jitted function."""
-    compiled: collections.Counter[str] = collections.Counter()
-
-    def listen(event: str, duration_secs: float, **details: str | int) -> None:
-        del duration_secs
-        if event.endswith("backend_compile_duration"):
-            compiled[str(details.get("fun_name")).removeprefix("jit(").removesuffix(")")] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return compiled
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Format:
         if self.levels is not None:
             return np.asarray(self.levels, np.float32)
         positive = self.magnitudes
-        values = np.union1d(-positive, positive)
+        values = np.union1d(-positive, positive) + 0.0  # no negative zero
         inside: np.ndarray = values[(values >= self.lowest) & (values <= self.max_value)]
         return inside
 

@@ -13,8 +13,8 @@ price of doing it with integers; grids as wide as float32, where that sum would 
 their bits. Ties go to the even *code*, which for one or more mantissa bits is the even
 significand, as IEEE 754, OCP MX and ml_dtypes have it.
 
-Stochastic rounding adds random bits below the last kept one before the others are cut off, so a
-value between two neighbours goes up with a probability equal to its distance from the lower.
+Stochastic rounding takes a value to either neighbour, with a probability equal to its distance
+from the other, in steps.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ _MANTISSA_BITS = 23  # of float32
 _BIAS = 127
 _EXPONENT = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
+_SIGN = -(2**31)
 _WIDEST_SHIFTED = 2.0**100  # beyond, 2**23 steps may overflow
 _RANDOM_BITS = 24  # stochastic rounding keeps expectations to 2**-24 of a step
 
@@ -97,9 +98,10 @@ class Grid:
         self, y: Float[Array, "..."], noise: UInt32[Array, "..."] | None
     ) -> Float[Array, "..."]:
         """See `round_to_grid`."""
-        if noise is not None:
-            return _round_stochastically(y, self, noise)
-        return jnp.where(self.wide, _round_significand(y, self), _round_by_shifting(y, self))
+        magnitude = _round_significand(_magnitude_bits(y), self, noise)
+        by_bits = _as_float(magnitude | (jax.lax.bitcast_convert_type(y, jnp.int32) & _SIGN))
+        use_bits = self.wide & (magnitude > 0) & (y == y)  # zero and NaN follow from the sum
+        return jnp.where(use_bits, by_bits, _round_by_shifting(y, self, noise))
 
     def encode(
         self, y: Float[Array, "..."], noise: UInt32[Array, "..."] | None
@@ -270,63 +272,50 @@ def _magnitude_bits(x: Array) -> Array:
     return bits
 
 
-def _round_by_shifting(y: Array, grid: Grid) -> Array:
+def _round_by_shifting(y: Array, grid: Grid, noise: Array | None) -> Array:
     """Adds and subtracts a number so large that float32 itself rounds at the grid's step.
 
-    The number is 1.5 · 2**23 steps, the step that of the value's own binade. Clipping before the
-    sum also keeps compilers from fusing it with the product that made `y`.
+    The number is 1.5 · 2**23 steps, the step that of the value's own binade. The clip before the
+    sum also keeps compilers from fusing it with the product that made `y`. By chance, a value goes
+    on to the neighbour on its other side.
     """
-    y = jnp.clip(y, grid.min_value, grid.max_value)
+    # A grid without zero has two values: what is left of any other is its sign.
+    two_values = grid.min_magnitude > 0
+    amplified = y * jnp.where(two_values, 2.0**127, 1) + grid.min_magnitude
+    clipped = _clipped(amplified, grid)
     lowest = (grid.min_exponent + _BIAS) << _MANTISSA_BITS
-    exponent = jnp.maximum(jax.lax.bitcast_convert_type(y, jnp.int32) & _EXPONENT, lowest)
+    exponent = jnp.maximum(jax.lax.bitcast_convert_type(clipped, jnp.int32) & _EXPONENT, lowest)
     # Without mantissa bits codes are even in every other binade: one step more there.
-    odd = jnp.where(grid.mantissa_bits == 0, (exponent - lowest >> _MANTISSA_BITS) & 1, 0)
+    alternates = (grid.mantissa_bits == 0).astype(jnp.int32)
+    odd = (exponent >> _MANTISSA_BITS) & alternates
     up = (_MANTISSA_BITS - grid.mantissa_bits << _MANTISSA_BITS) + (1 << _MANTISSA_BITS - 1)
-    shift = _as_float(exponent + up + odd)
-    q = (y + shift) - shift
-    smallest = jnp.where(_is_negative(y), -grid.min_magnitude, grid.min_magnitude)
-    return jnp.where(jnp.abs(q) < grid.min_magnitude, smallest, q)
+    up = up + ((grid.min_exponent + _BIAS) & alternates)
+    shift = _as_float(exponent + odd + up)
+    q = (clipped + shift) - shift
+    if noise is None:
+        return q
+    error = _clipped(y, grid) - q
+    step = _as_float(exponent - (grid.mantissa_bits << _MANTISSA_BITS))
+    step = step * jnp.where(two_values, 2, 1).astype(jnp.float32)
+    goes_on = _unit(noise) * step < jnp.abs(error)
+    return jnp.where(goes_on, q + jnp.where(error < 0, -step, step), q)
 
 
-def _round_significand(y: Array, grid: Grid) -> Array:
-    """Rounds the bits of float32 itself, for grids that share its exponents and subnormals."""
-    magnitude = jnp.minimum(_magnitude_bits(y), _magnitude_bits(grid.max_value))
+def _clipped(y: Array, grid: Grid) -> Array:
+    """Within the grid's range, NaN as it is; unlike minimum and maximum, one instruction each."""
+    y = jnp.where(y > grid.max_value, grid.max_value, y)
+    return jnp.where(y < grid.min_value, grid.min_value, y)
+
+
+def _round_significand(magnitude: Array, grid: Grid, noise: Array | None) -> Array:
+    """Rounds bits of positive float32, for grids that share its exponents and subnormals."""
     dropped = _MANTISSA_BITS - grid.mantissa_bits
-    odd = jnp.where(dropped > 0, (magnitude >> dropped) & 1, 0)
-    below_half = jnp.maximum((1 << dropped >> 1) - 1, 0)
-    magnitude = (magnitude + below_half + odd) >> dropped << dropped
-    return _signed(magnitude, _is_negative(y), y)
-
-
-def _round_stochastically(y: Array, grid: Grid, noise: Array) -> Array:
-    """Adds random bits below the last one kept and cuts them off."""
-    negative = _is_negative(y)
-    has_zero = grid.min_magnitude == 0  # else values round from one sign to the other
-    negative = jnp.where(has_zero, negative, 2 * _unit(noise) >= 1 + y / grid.max_value)
-    largest = jnp.where(negative, _magnitude_bits(grid.min_value), _magnitude_bits(grid.max_value))
-    bits = jnp.maximum(_magnitude_bits(y), _magnitude_bits(grid.min_magnitude))
-    bits = jnp.minimum(bits, largest)  # magnitudes order like their bits
-    biased = jnp.maximum(bits >> _MANTISSA_BITS, 1)  # subnormals share the exponent of 1
-    implied_one = jnp.where(bits >> _MANTISSA_BITS == 0, 0, 1 << _MANTISSA_BITS)
-    significand = (bits & ((1 << _MANTISSA_BITS) - 1)) | implied_one
-    below_lowest = jnp.maximum(grid.min_exponent - (biased - _BIAS), 0)
-    dropped = _MANTISSA_BITS - grid.mantissa_bits + below_lowest
-    # Far below the step, leading zeros are made explicit, so that the sum fits.
-    excess = jnp.clip(dropped - _RANDOM_BITS, 0, _RANDOM_BITS)
-    dropped = jnp.minimum(dropped, _RANDOM_BITS)
-    random = (noise >> (32 - _RANDOM_BITS)).astype(jnp.int32) >> (_RANDOM_BITS - dropped)
-    kept = (significand >> excess) + random >> dropped
-    magnitude = ((biased + excess - 1) << _MANTISSA_BITS) + (kept << dropped)
-    return _signed(jnp.where(kept == 0, 0, magnitude), negative, y)
-
-
-def _is_negative(y: Array) -> Array:
-    """By its bit: backends that flush subnormals compare them as zeros."""
-    negative: Array = jax.lax.bitcast_convert_type(y, jnp.int32) < 0
-    return negative
-
-
-def _signed(magnitude: Array, negative: Array, y: Array) -> Array:
-    """Bits with a sign, but zero without one, as float32; NaN where `y` is."""
-    sign = jnp.where(negative & (magnitude != 0), -(2**31), 0)
-    return jnp.where(jnp.isnan(y), y, _as_float(magnitude | sign))
+    magnitude = jnp.minimum(magnitude, _magnitude_bits(grid.max_value))
+    if noise is None:
+        odd = (magnitude >> dropped) & (dropped > 0).astype(jnp.int32)
+        magnitude = magnitude + odd + jnp.maximum((1 << dropped >> 1) - 1, 0)
+    else:
+        bits = (noise >> (32 - _RANDOM_BITS)).astype(jnp.int32)
+        magnitude = magnitude + (bits >> _RANDOM_BITS - dropped)
+    kept: Array = magnitude & -(1 << dropped)
+    return kept

@@ -91,6 +91,11 @@ def groups_of(x: Array, quantizer: Quantizer, axis: Axis) -> Groups:
     return Groups(x.shape, tuple(tile))
 
 
+def as_tuple(axis: Axis) -> tuple[int, ...]:
+    """One axis or several as a tuple."""
+    return tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
+
+
 def _block_axes(x: Array, quantizer: Quantizer, axes: tuple[int, ...]) -> list[tuple[int, int]]:
     """Axes that are tiled by blocks, and the sizes of the blocks."""
     if isinstance(quantizer.block_size, int):
@@ -120,7 +125,7 @@ def _normalized_axes(x: Array, axis: Axis) -> tuple[int, ...]:
     """Non-negative axes, checked against the rank of `x`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays can be quantized, got dtype {x.dtype}")
-    axes = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
+    axes = as_tuple(axis)
     for a in axes:
         if not -x.ndim <= a < x.ndim:
             raise ValueError(

@@ -2,9 +2,9 @@
 
 `jax.random.bits` costs more than the rounding it serves and is stored in memory before it is
 used. A hash of a counter is fused into the rounding, partitions with the array it belongs to and
-is a pure function of (key, position). Two rounds of a well-mixing 32-bit permutation, with half
-of the key before each, are plenty for rounding and nothing more: this is no source of randomness
-for anything else.
+is a pure function of (key, position). Two rounds of a well-mixing 32-bit permutation, each after
+32 bits made of the whole key, are plenty for rounding and nothing more: this is no source of
+randomness for anything else.
 
 Keys are folded by appending a word. The multipliers are the low-bias constants of Wellons' search
 over such permutations.
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+_START = 0x9E3779B9  # zero is a fixed point of the permutation
+
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Uniformly random uint32, a pure function of key and position.
@@ -24,10 +26,11 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
         key: a JAX key, typed or raw, or the words of `fold`.
         shape: of the result.
     """
-    bits = _position(shape)
-    for word in words_of(key):
-        bits = _mixed(bits ^ word)
-    return bits
+    first, second = jnp.uint32(_START), jnp.uint32(_START)
+    for word in words_of(key):  # scalars: however many words, elements are mixed twice
+        first = _mixed(first ^ word)
+        second = _mixed(second + first)
+    return _mixed(_mixed(_position(shape) ^ first) + second)
 
 
 def words_of(key: Array) -> UInt32[Array, " words"]:

@@ -6,6 +6,7 @@ their scales from `qat.scales` and their rounding from `qat.grid`, and agree bit
 """
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from qat.formats import Format
 from qat.grid import NAN_CODE, Leaf, decode, encode
-from qat.groups import Axis, Groups, Tile, groups_of
+from qat.groups import Axis, Groups, Tile, as_tuple, groups_of
 from qat.noise import fold, random_bits, words_of
 from qat.quantizer import Quantizer, ScaleFormat
 from qat.scales import Scale, rounded, scale_for, shifted
@@ -97,25 +98,17 @@ def fake_quant(
         ValueError: `x` is not floating point; `axis` is not an axis of it; a block size does not
             divide its axis; no key for stochastic rounding; no value for a fixed scale.
     """
-    x = _as_array(x)
-    groups = groups_of(x, quantizer, axis)
-    scale = _beside(scale_for(x, quantizer, axis), groups)
-    noise = _noise(quantizer, groups, key)
-    if quantizer.scale == "learned":
-        return _learned(x, scale.scale, quantizer, groups, noise)
-    split = groups.split(jax.lax.stop_gradient(x).astype(jnp.float32))
-    y, q = rounded(split, scale, quantizer.grid, noise)
-    quantized = (q * scale.applied).astype(x.dtype).reshape(x.shape)
-    if quantizer.gradient != "identity":
-        passes = _passes(y, q, scale, quantizer).reshape(x.shape)
-        x = jnp.where(passes, x, jax.lax.stop_gradient(x))
-    return _straight_through(x, quantized)
+    quantized: Array = _fake_quant(_as_array(x), quantizer, as_tuple(axis), key)
+    return quantized
 
 
 def quantize(
     x: Float[Array, "..."], quantizer: Quantizer, axis: Axis, key: Array | None = None
 ) -> QTensor:
     """Quantizes to stored codes and scales.
+
+    Codes have no room for NaN: it makes its whole group NaN, under a fixed or learned scale too,
+    where `fake_quant` keeps it to itself.
 
     Args:
         x: floating-point array.
@@ -126,16 +119,9 @@ def quantize(
     Raises:
         ValueError: as `fake_quant`; the format is traced.
     """
-    x, fmt, grid = _as_array(x), quantizer.host_format(), quantizer.grid
-    groups = groups_of(x, quantizer, axis)
-    compact = scale_for(x, quantizer, axis)
-    scale = _beside(compact, groups)
-    y = groups.split(x.astype(jnp.float32)) * (1 / scale.applied)
-    codes = encode(shifted(y, scale), grid, _noise(quantizer, groups, key)).reshape(x.shape)
-    storage = _storage(fmt)
-    not_a_number = 0 if fmt.scaled else jnp.iinfo(storage).min
-    codes = jnp.where(codes == NAN_CODE, not_a_number, codes).astype(storage)
-    return QTensor(codes, compact, fmt, groups.tile, quantizer.scale_format, str(x.dtype))
+    quantizer.host_format()
+    stored: QTensor = _quantize(_as_array(x), quantizer, as_tuple(axis), key)
+    return stored
 
 
 def key_for(quantizer: Quantizer, key: Array | None, place: int) -> Array | None:
@@ -162,6 +148,41 @@ def code_values(
     split = groups.split(x.astype(jnp.float32))
     _, q = rounded(split, _beside(scale, groups), quantizer.grid, noise)
     return q.reshape(x.shape), scale.applied
+
+
+# Compiled as one, so that it is traced once for all layers of a shape, then inlined.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _fake_quant(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -> Array:
+    groups = groups_of(x, quantizer, axes)
+    scale = _beside(scale_for(x, quantizer, axes), groups)
+    noise = _noise(quantizer, groups, key)
+    if quantizer.scale == "learned":
+        return _learned(x, scale.scale, quantizer, groups, noise)
+    split = groups.split(jax.lax.stop_gradient(x).astype(jnp.float32))
+    y, q = rounded(split, scale, quantizer.grid, noise)
+    quantized = (q * scale.applied).astype(x.dtype).reshape(x.shape)
+    if quantizer.gradient != "identity":
+        passes = _passes(y, q, scale, quantizer).reshape(x.shape)
+        x = jnp.where(passes, x, jax.lax.stop_gradient(x))
+    return _straight_through(x, quantized)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _quantize(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -> QTensor:
+    fmt, grid = quantizer.host_format(), quantizer.grid
+    groups = groups_of(x, quantizer, axes)
+    compact = scale_for(x, quantizer, axes)
+    scale = _beside(compact, groups)
+    y = groups.split(x.astype(jnp.float32)) * (1 / scale.applied)
+    codes = encode(shifted(y, scale), grid, _noise(quantizer, groups, key))
+    lost = codes == NAN_CODE
+    if fmt.scaled:  # the scale says what is not a number, and any code will do
+        any_lost = jnp.any(lost, axis=groups.reduced).reshape(groups.compact_shape)
+        compact = dataclasses.replace(compact, scale=jnp.where(any_lost, jnp.nan, compact.scale))
+    storage = _storage(fmt)
+    not_a_number = int(fmt.min_magnitude) if fmt.scaled else jnp.iinfo(storage).min
+    codes = jnp.where(lost, not_a_number, codes).astype(storage).reshape(x.shape)
+    return QTensor(codes, compact, fmt, groups.tile, quantizer.scale_format, str(x.dtype))
 
 
 def _as_array(x: Any) -> Array:

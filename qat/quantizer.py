@@ -208,6 +208,8 @@ class Quantizer:
                 raise ValueError(f"block_size {self.block_size}: expected integers above 0")
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile {self.percentile}: expected more than 0, at most 100")
+        if self.scale == "learned" and self.scale_format is not None:
+            raise ValueError(f"a learned scale is float32, got scale format {self.scale_format!r}")
         if self.zero_point:
             self._check_zero_point()
 

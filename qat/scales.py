@@ -173,21 +173,24 @@ def _formatted(largest: Array, quantizer: Quantizer) -> Scale:
     top = jnp.float32(1 / _BLOCK_SCALE.max_value)
     tensor_scale = _short(jnp.max(ideal, keepdims=True, initial=0) * top, up)
     tensor_scale = jnp.maximum(tensor_scale, _SMALLEST_TENSOR_SCALE)
-    all_bits = jnp.full(largest.shape, 2**32 - 1, jnp.uint32)
-    block_scale = round_to_grid(
-        ideal * (1 / tensor_scale), _BLOCK_SCALE.grid(), all_bits if up else None
-    )
+    ideal = ideal * (1 / tensor_scale)
+    block_scale = round_to_grid(ideal, _BLOCK_SCALE.grid())
+    if up:  # the smallest noise takes every value to the neighbour that is not the nearest
+        other = round_to_grid(ideal, _BLOCK_SCALE.grid(), jnp.zeros(ideal.shape, jnp.uint32))
+        block_scale = jnp.maximum(block_scale, other)
     block_scale = jnp.maximum(block_scale, 2.0**_BLOCK_SCALE.min_exponent)
     return Scale(block_scale, tensor_scale)
 
 
 def _shifted(low: Array, high: Array, quantizer: Quantizer) -> Scale:
-    """Scale and zero point that map low … high, which include 0, to all codes."""
+    """Scale and zero point that map low … high, and 0, to all codes."""
     grid = quantizer.grid
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     steps = grid.max_value - grid.min_value
     scale = _short((high - low) * (1 / steps), quantizer.rounding == "stochastic")
     scale = jnp.where(grid.scaled, scale, 1)
     zero_point = grid.min_value - jnp.round(low * (1 / scale))
+    zero_point = jnp.clip(zero_point, grid.min_value, grid.max_value)
     return Scale(scale, None, jnp.where(grid.scaled, zero_point, 0))
 
 

@@ -34,6 +34,12 @@ CHECKED = [
     "qat.dot_general",
     "qat.einsum",
     "qat.convolution",
+    "qat.contractions",
+    "qat.packing",
+    "qat.storage",
+    "qat.linen.calls",
+    "qat.linen.state",
+    "qat.linen.conversion",
     "qat.nnx",
 ]
 jaxtyping.install_import_hook(

@@ -178,7 +178,7 @@ def test_the_report_has_every_contraction_with_reason_and_line():
     _, report = qat.nnx.quantize_model(Tied(rngs()), [("own", None), ("embed", "w4a8")], tokens)
     lines = {(line.path, line.contraction.operation): line for line in report}
     assert len(lines) == len(report) == 4
-    assert lines["embed", "gather"].quantized == W4A8
+    assert lines["embed", "gather"].quantized == "weights int4/channel"
     assert lines["embed", "dot_general"].quantized == W4A8
     assert lines["own", "dot_general"].reason == "its dot_general is its own"
     bare = lines[None, "dot_general"].reason

@@ -46,9 +46,9 @@ _UNQUANTIZED = (
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What became of a layer: how it is quantized, or why it is not."""
+    """What became of a layer: the policy it has now, or why it is unquantized."""
 
-    quantized: str | None = None
+    policy: Policy | None = None
     reason: str | None = None
 
 
@@ -175,10 +175,10 @@ def _convert(path: str, layer: Any, rules: Rules) -> _Outcome:
     if type(layer) is nnx.Embed:
         layer.__class__ = Embed
     setattr(layer, kind.slot, nnx.data(slot))
-    described = policy.restricted(kind.operands).description
-    if not described:  # their formats are "none", for now
+    used = policy.restricted(kind.operands)
+    if not used.description:  # their formats are "none", for now
         return _Outcome(reason=f"rule {pattern!r} quantizes no {', '.join(kind.operands)}")
-    return _Outcome(quantized=described)
+    return _Outcome(used)
 
 
 def _stack(layer: Any, kind: _Layer) -> tuple[int, ...]:
@@ -245,9 +245,11 @@ def _line(contraction: Contraction, outcomes: dict[str, _Outcome]) -> Contractio
     if outcome is None:
         where = f"outside any layer this knows, at {contraction.source}"
         return ContractionReport(contraction, f"{where}; use qat.dot_general there")
-    quantized = outcome.quantized if contraction.quantized is not None else None
-    named = dataclasses.replace(contraction, quantized=quantized)
-    return ContractionReport(named, outcome.reason)
+    if contraction.quantized is None or outcome.policy is None:
+        return ContractionReport(contraction, outcome.reason)
+    lookup = contraction.operation == "gather"
+    used = outcome.policy.restricted(["weights"]) if lookup else outcome.policy
+    return ContractionReport(dataclasses.replace(contraction, quantized=used.description))
 
 
 def _declared_lines(
@@ -257,7 +259,9 @@ def _declared_lines(
     lines = []
     for path, node in nodes:
         if path in outcomes:
-            layer = _declared(path, type(node).__name__, (), outcomes[path].quantized)
+            policy = outcomes[path].policy
+            described = None if policy is None else policy.description
+            layer = _declared(path, type(node).__name__, (), described)
             lines.append(ContractionReport(layer, outcomes[path].reason))
         elif isinstance(node, nnx.Param) and node.ndim >= 2 and not _is_known(path, outcomes):
             reason = "held by no layer this knows; give example inputs to see what multiplies it"
