@@ -192,6 +192,8 @@ def _thresholds(levels: np.ndarray) -> np.ndarray:
     middles = (levels[1:].astype(np.float64) + levels[:-1]) / 2
     rounded = middles.astype(np.float32)
     below = np.nextafter(rounded, np.float32(-np.inf))
+    smallest_normal = np.finfo(np.float32).tiny  # others are zero to many backends
+    below = np.where(rounded == 0, -smallest_normal, below)
     upper_is_even = np.arange(levels.size - 1) % 2 == 1
     goes_up = (rounded > middles) | ((rounded == middles) & upper_is_even)
     thresholds: np.ndarray = np.where(goes_up, below, rounded)

@@ -87,7 +87,8 @@ class Grid:
     @property
     def largest_step(self) -> Float[Array, "*stack"]:
         """Distance between the two largest values."""
-        return power_of_two(exponent_of(self.max_value) - self.mantissa_bits)
+        step = power_of_two(exponent_of(self.max_value) - self.mantissa_bits)
+        return jnp.where(self.min_magnitude > 0, 2 * self.min_magnitude, step)
 
     @property
     def wide(self) -> Bool[Array, "*stack"]:
@@ -295,7 +296,7 @@ def _round_by_shifting(y: Array, grid: Grid, noise: Array | None) -> Array:
     if noise is None:
         return q
     error = _clipped(y, grid) - q
-    step = _as_float(exponent - (grid.mantissa_bits << _MANTISSA_BITS))
+    step = _as_float(exponent - (grid.mantissa_bits << _MANTISSA_BITS) & _MAGNITUDE)
     step = step * jnp.where(two_values, 2, 1).astype(jnp.float32)
     goes_on = _unit(noise) * step < jnp.abs(error)
     return jnp.where(goes_on, q + jnp.where(error < 0, -step, step), q)

@@ -24,6 +24,7 @@ from qat.scales import Scale, rounded, scale_for, shifted
 if TYPE_CHECKING:
     from qat.storage import PackedTensor
 
+_ROUNDED_OFF = 2.0**-19
 _STATIC: dict[str, Any] = {"static": True}
 
 
@@ -161,10 +162,9 @@ def _fake_quant(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -
     split = groups.split(jax.lax.stop_gradient(x).astype(jnp.float32))
     y, q = rounded(split, scale, quantizer.grid, noise)
     quantized = (q * scale.applied).astype(x.dtype).reshape(x.shape)
-    if quantizer.gradient != "identity":
-        passes = _passes(y, q, scale, quantizer).reshape(x.shape)
-        x = jnp.where(passes, x, jax.lax.stop_gradient(x))
-    return _straight_through(x, quantized)
+    if quantizer.gradient == "identity":
+        return _straight_through(x, quantized)
+    return _partly_through(x, quantized, _passes(y, q, scale, quantizer).reshape(x.shape))
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
@@ -174,7 +174,8 @@ def _quantize(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -> 
     compact = scale_for(x, quantizer, axes)
     scale = _beside(compact, groups)
     y = groups.split(x.astype(jnp.float32)) * (1 / scale.applied)
-    codes = encode(shifted(y, scale), grid, _noise(quantizer, groups, key))
+    noise = _noise(quantizer, groups, key)
+    codes = encode(shifted(y, scale, grid, noise), grid, noise)
     lost = codes == NAN_CODE
     if fmt.scaled:  # the scale says what is not a number, and any code will do
         any_lost = jnp.any(lost, axis=groups.reduced).reshape(groups.compact_shape)
@@ -217,7 +218,10 @@ def _passes(y: Array, q: Array, scale: Scale, quantizer: Quantizer) -> Array:
     grid = quantizer.grid
     if quantizer.gradient == "trust":
         return jnp.abs(q - y) <= grid.largest_step / 2
-    code = y if scale.zero_point is None else y + scale.zero_point
+    if scale.zero_point is not None:  # the range ends where integers saturate
+        code = jnp.round(y) + scale.zero_point
+    else:
+        code = y * (1 - _ROUNDED_OFF)  # a scale may be rounded below its ideal
     return (code >= grid.min_value) & (code <= grid.max_value)
 
 
@@ -252,7 +256,20 @@ def _straight_through(x: Array, quantized: Array) -> Array:
 
 @_straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[1], tangents[0]
+    return _straight_through(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def _partly_through(x: Array, quantized: Array, passes: Array) -> Array:
+    """`quantized`, with the derivative of `x` where `passes`; nothing but that mask is kept."""
+    return quantized
+
+
+@_partly_through.defjvp
+def _partly_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    passes, tangent = primals[2], tangents[0]
+    # Zeros of its own would be kept for the backward pass; and NaN stays NaN this way.
+    return _partly_through(*primals), jnp.where(passes, tangent, 0 * tangent)
 
 
 @jax.custom_jvp
@@ -263,4 +280,4 @@ def _with_gradient_times(x: Array, factor: Array) -> Array:
 
 @_with_gradient_times.defjvp
 def _with_gradient_times_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[0], tangents[0] * primals[1]
+    return _with_gradient_times(*primals), tangents[0] * primals[1]

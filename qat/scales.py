@@ -89,11 +89,11 @@ def _symmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
         given = _given(quantizer.value, groups, quantizer)
         scale = Scale(given) if quantizer.scale == "learned" else _formatted(given, quantizer)
         return dataclasses.replace(scale, scale=jnp.where(grid.scaled, scale.scale, 1))
-    magnitudes = _magnitudes(x, grid)
-    amax = jnp.max(magnitudes, axis=groups.reduced, keepdims=True, initial=0)
+    amax = _largest_magnitude(x, grid, groups)
     if quantizer.scale == "absmean":
         largest = jnp.mean(jnp.abs(x), axis=groups.reduced, keepdims=True) * grid.max_value
-    elif quantizer.scale == "percentile":
+    elif quantizer.scale == "percentile" and x.size:
+        magnitudes = jnp.where(x < 0, -x * _negative_weight(grid), x)
         largest = jnp.percentile(magnitudes, quantizer.percentile, groups.reduced, keepdims=True)
     elif quantizer.scale == "gaussian":
         largest = _gaussian_clip(quantizer) * _root_mean_square(x, amax, groups)
@@ -115,10 +115,9 @@ def _asymmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
     if quantizer.scale == "fixed":
         low, high = (_given(end, groups, quantizer) for end in quantizer.value or (None, None))
         return _shifted(low, high, quantizer)
-    low = jnp.min(x, axis=groups.reduced, keepdims=True, initial=0)
-    high = jnp.max(x, axis=groups.reduced, keepdims=True, initial=0)
+    low, high = _ends(x, groups)
     finite = jnp.isfinite(low) & jnp.isfinite(high)
-    if quantizer.scale == "percentile":
+    if quantizer.scale == "percentile" and x.size:
         low, high = _percentiles(x, low, high, groups, quantizer)
     elif quantizer.scale == "mse":
         whole = (low, high)
@@ -143,20 +142,22 @@ def rounded(
     `x` is float32 and `scale` broadcasts against it.
     """
     y = x * (1 / scale.applied)
-    if scale.zero_point is None:
-        return y, round_to_grid(y, grid, noise)
-    return y, round_to_grid(shifted(y, scale), grid, noise) - scale.zero_point
+    q = round_to_grid(shifted(y, scale, grid, noise), grid, noise)
+    return y, q if scale.zero_point is None else q - scale.zero_point
 
 
-def shifted(y: Array, scale: Scale) -> Array:
-    """`y` plus the zero point, where there is one.
+def shifted(y: Array, scale: Scale, grid: AnyGrid, noise: Array | None) -> Array:
+    """`y` plus the zero point, where there is one: added to the nearest integer, as ONNX does.
 
-    Compilers fuse a product and a sum into one operation that rounds once, or do not; a clip
-    between them, far outside every integer, makes results equal everywhere.
+    By chance, an integer cannot be chosen before the sum. Compilers fuse a product and a sum into
+    one operation that rounds once, or do not; a clip between them, far outside every integer,
+    makes results equal everywhere.
     """
     if scale.zero_point is None:
         return y
-    return jnp.clip(y, -_BEYOND_INTEGERS, _BEYOND_INTEGERS) + scale.zero_point
+    if noise is not None:
+        return jnp.clip(y, -_BEYOND_INTEGERS, _BEYOND_INTEGERS) + scale.zero_point
+    return jnp.where(grid.scaled, jnp.round(y), y) + scale.zero_point
 
 
 def _formatted(largest: Array, quantizer: Quantizer) -> Scale:
@@ -165,7 +166,8 @@ def _formatted(largest: Array, quantizer: Quantizer) -> Scale:
     if quantizer.scale_format == "e8m0":
         exponent = exponent_of(largest) - exponent_of(grid.max_value)
         if up:
-            exponent = exponent + (_significand(largest) > _significand(grid.max_value))
+            larger = _significand(largest) > _significand(grid.max_value)
+            exponent = exponent + larger.astype(jnp.int32)
         return Scale(power_of_two(jnp.clip(exponent, _SMALLEST_EXPONENT, _LARGEST_EXPONENT)))
     ideal = largest * (1 / grid.max_value)
     if quantizer.scale_format is None:
@@ -183,15 +185,31 @@ def _formatted(largest: Array, quantizer: Quantizer) -> Scale:
 
 
 def _shifted(low: Array, high: Array, quantizer: Quantizer) -> Scale:
-    """Scale and zero point that map low … high, and 0, to all codes."""
-    grid = quantizer.grid
+    """Scale and zero point that map low … high, and 0, to all codes.
+
+    Where both ends lie half-way between integers, rounding would lose a code and a second pass
+    would shrink the range: then the next smaller scale is taken. Stochastic rounding gives one
+    code away, so that neither end saturates wherever the integers lie.
+    """
+    grid, up = quantizer.grid, quantizer.rounding == "stochastic"
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     steps = grid.max_value - grid.min_value
-    scale = _short((high - low) * (1 / steps), quantizer.rounding == "stochastic")
+    wanted = jnp.maximum(steps - 1, 1) if up else steps
+    scale = _short((high - low) * (1 / wanted), up)
+    if not up:
+        reached = jnp.round(high * (1 / scale)) - jnp.round(low * (1 / scale))
+        scale = jnp.where(reached < steps, _next_shorter(scale), scale)
     scale = jnp.where(grid.scaled, scale, 1)
-    zero_point = grid.min_value - jnp.round(low * (1 / scale))
+    lowest = low * (1 / scale)
+    zero_point = grid.min_value - (jnp.floor(lowest) if up else jnp.round(lowest))
     zero_point = jnp.clip(zero_point, grid.min_value, grid.max_value)
     return Scale(scale, None, jnp.where(grid.scaled, zero_point, 0))
+
+
+def _next_shorter(scale: Array) -> Array:
+    """The next smaller float32 of 20 significant bits, within the range of scales."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32) - (1 << _DROPPED_BITS)
+    return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.float32), _SMALLEST)
 
 
 def _short(scale: Array, up: bool) -> Array:
@@ -208,11 +226,26 @@ def _significand(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFF
 
 
-def _magnitudes(x: Array, grid: AnyGrid) -> Array:
-    """|x|, with negative values in proportion where the grid's ends differ."""
+def _largest_magnitude(x: Array, grid: AnyGrid, groups: Groups) -> Array:
+    """Of each group: the larger end of its range, each in proportion to the grid's own ends."""
+    low, high = _ends(x, groups)
+    return jnp.maximum(high, -low * _negative_weight(grid))
+
+
+def _ends(x: Array, groups: Groups) -> tuple[Array, Array]:
+    """Smallest and largest value of each group, and zero; infinite where one is NaN.
+
+    Compilers disagree on what a reduction makes of NaN: XLA on CPU drops it in some shapes.
+    """
+    x = jnp.where(x < jnp.inf, x, jnp.inf)
+    low = jnp.min(x, axis=groups.reduced, keepdims=True, initial=0)
+    return low, jnp.max(x, axis=groups.reduced, keepdims=True, initial=0)
+
+
+def _negative_weight(grid: AnyGrid) -> Array:
+    """What a negative magnitude counts for: 1 unless the grid's ends differ, 0 if unsigned."""
     high, low = grid.max_value, grid.min_value
-    ratio = jnp.where(low == -high, 1, jnp.where(low < 0, high / -low, 0))
-    return jnp.maximum(x, -x * ratio)
+    return jnp.where(low == -high, 1, jnp.where(low < 0, high / -low, 0))
 
 
 def _root_mean_square(x: Array, amax: Array, groups: Groups) -> Array:
