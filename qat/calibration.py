@@ -73,14 +73,14 @@ def observed(x: Float[Array, "..."], quantizer: Quantizer) -> Float[Array, "..."
 
     Returns:
         float32: a scale; or the largest magnitude; or, with a zero point, (2,): the smallest and
-        the largest value.
+        the largest value. Infinite where the batch holds NaN, and no range comes of it.
     """
     x = x.astype(jnp.float32)
     if quantizer.scale == "learned":
         return _scale_of_mean(jnp.mean(jnp.abs(x)), quantizer)
-    if quantizer.zero_point:
-        return jnp.stack([jnp.min(x, initial=0), jnp.max(x, initial=0)])
-    return jnp.max(jnp.abs(x), initial=0)
+    x = jnp.where(x < jnp.inf, x, jnp.inf)  # reductions may drop NaN
+    low, high = jnp.min(x, initial=0), jnp.max(x, initial=0)
+    return jnp.stack([low, high]) if quantizer.zero_point else jnp.maximum(high, -low)
 
 
 def updated(

@@ -136,7 +136,7 @@ class Format:
         return self.name
 
 
-def codebook(name: str, levels: Sequence[float]) -> Format:
+def codebook(name: str, levels: Sequence[float] | np.ndarray) -> Format:
     """A format of any finite values; all codebooks of one length share a compiled program.
 
     Args:

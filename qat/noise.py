@@ -6,8 +6,9 @@ is a pure function of (key, position). Two rounds of a well-mixing 32-bit permut
 32 bits made of the whole key, are plenty for rounding and nothing more: this is no source of
 randomness for anything else.
 
-Keys are folded by appending a word. The multipliers are the low-bias constants of Wellons' search
-over such permutations.
+Positions are those of the array at hand: inside `jax.shard_map` they are local, and the key should
+be folded with the device's index. Keys are folded by appending a word. The multipliers are the
+low-bias constants of Wellons' search over such permutations.
 """
 
 import math

@@ -210,6 +210,8 @@ class Quantizer:
             raise ValueError(f"percentile {self.percentile}: expected more than 0, at most 100")
         if self.scale == "learned" and self.scale_format is not None:
             raise ValueError(f"a learned scale is float32, got scale format {self.scale_format!r}")
+        if self.scale == "learned" and self.gradient != "identity":
+            raise ValueError(f"a learned scale has LSQ's gradient, got {self.gradient!r}")
         if self.zero_point:
             self._check_zero_point()
 

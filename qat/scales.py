@@ -61,7 +61,8 @@ def scale_for(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Scale
     """Scales of `x`; no gradient flows through them.
 
     A NaN, or an infinity under a scaled format, makes its whole group NaN: nothing that went
-    wrong is rounded to a harmless number.
+    wrong is rounded to a harmless number. A fixed or learned scale knows nothing of `x`: there
+    infinity saturates and NaN stays by itself.
 
     Args:
         x: floating-point array.
@@ -88,7 +89,8 @@ def _symmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
     if quantizer.scale in ("fixed", "learned"):
         given = _given(quantizer.value, groups, quantizer)
         scale = Scale(given) if quantizer.scale == "learned" else _formatted(given, quantizer)
-        return dataclasses.replace(scale, scale=jnp.where(grid.scaled, scale.scale, 1))
+        scaled = jnp.where(jnp.isfinite(given), scale.scale, jnp.nan)
+        return dataclasses.replace(scale, scale=jnp.where(grid.scaled, scaled, 1))
     amax = _largest_magnitude(x, grid, groups)
     if quantizer.scale == "absmean":
         largest = jnp.mean(jnp.abs(x), axis=groups.reduced, keepdims=True) * grid.max_value
@@ -114,7 +116,9 @@ def _asymmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
     """Scales and zero points from the smallest and largest values, and zero."""
     if quantizer.scale == "fixed":
         low, high = (_given(end, groups, quantizer) for end in quantizer.value or (None, None))
-        return _shifted(low, high, quantizer)
+        scale = _shifted(low, high, quantizer)
+        finite = jnp.isfinite(low) & jnp.isfinite(high) | ~quantizer.grid.scaled
+        return dataclasses.replace(scale, scale=jnp.where(finite, scale.scale, jnp.nan))
     low, high = _ends(x, groups)
     finite = jnp.isfinite(low) & jnp.isfinite(high)
     if quantizer.scale == "percentile" and x.size:
