@@ -95,7 +95,7 @@ def _symmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
     if quantizer.scale == "absmean":
         largest = jnp.mean(jnp.abs(x), axis=groups.reduced, keepdims=True) * grid.max_value
     elif quantizer.scale == "percentile" and x.size:
-        magnitudes = jnp.where(x < 0, -x * _negative_weight(grid), x)
+        magnitudes = _magnitudes(x, grid)
         largest = jnp.percentile(magnitudes, quantizer.percentile, groups.reduced, keepdims=True)
     elif quantizer.scale == "gaussian":
         largest = _gaussian_clip(quantizer) * _root_mean_square(x, amax, groups)
@@ -231,19 +231,26 @@ def _significand(x: Array) -> Array:
 
 
 def _largest_magnitude(x: Array, grid: AnyGrid, groups: Groups) -> Array:
-    """Of each group: the larger end of its range, each in proportion to the grid's own ends."""
-    low, high = _ends(x, groups)
-    return jnp.maximum(high, -low * _negative_weight(grid))
+    """Of each group, negative ones in proportion to the grid's ends; infinite where one is NaN."""
+    magnitudes = _or_infinite(_magnitudes(x, grid))
+    return jnp.max(magnitudes, axis=groups.reduced, keepdims=True, initial=0)
 
 
 def _ends(x: Array, groups: Groups) -> tuple[Array, Array]:
-    """Smallest and largest value of each group, and zero; infinite where one is NaN.
-
-    Compilers disagree on what a reduction makes of NaN: XLA on CPU drops it in some shapes.
-    """
-    x = jnp.where(x < jnp.inf, x, jnp.inf)
+    """Smallest and largest value of each group, and zero; infinite where one is NaN."""
+    x = _or_infinite(x)
     low = jnp.min(x, axis=groups.reduced, keepdims=True, initial=0)
     return low, jnp.max(x, axis=groups.reduced, keepdims=True, initial=0)
+
+
+def _or_infinite(x: Array) -> Array:
+    """`x` with infinity for NaN, which XLA's reductions on CPU drop in some shapes."""
+    return jnp.where(x < jnp.inf, x, jnp.inf)
+
+
+def _magnitudes(x: Array, grid: AnyGrid) -> Array:
+    """|x|, negative ones in proportion to the grid's ends."""
+    return jnp.abs(x) * jnp.where(x < 0, _negative_weight(grid), 1)
 
 
 def _negative_weight(grid: AnyGrid) -> Array:
