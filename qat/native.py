@@ -154,6 +154,7 @@ def can_multiply(first: Quantizer | None, second: Quantizer | None) -> bool:
     return len(kinds) == 1
 
 
+@functools.cache
 def _native_dtype(fmt: Format) -> Any:
     """The narrowest dtype whose values include the format's; None where there is none."""
     if not fmt.scaled or fmt.bits > 8:

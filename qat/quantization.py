@@ -153,7 +153,7 @@ def code_values(
 
 # Compiled as one, so that it is traced once for all layers of a shape, then inlined.
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _fake_quant(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -> Array:
+def _fake_quant(x: Array, quantizer: Quantizer, axes: tuple[int, ...], key: Array | None) -> Array:
     groups = groups_of(x, quantizer, axes)
     scale = _beside(scale_for(x, quantizer, axes), groups)
     noise = _noise(quantizer, groups, key)
@@ -168,7 +168,7 @@ def _fake_quant(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _quantize(x: Array, quantizer: Quantizer, axes: Tile, key: Array | None) -> QTensor:
+def _quantize(x: Array, quantizer: Quantizer, axes: tuple[int, ...], key: Array | None) -> QTensor:
     fmt, grid = quantizer.host_format(), quantizer.grid
     groups = groups_of(x, quantizer, axes)
     compact = scale_for(x, quantizer, axes)

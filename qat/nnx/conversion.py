@@ -27,7 +27,15 @@ from qat.contractions import (
 from qat.dot_general import dot_general
 from qat.einsum import contracted_axes, einsum
 from qat.nnx.layers import Embed
-from qat.nnx.slots import Attention, Convolution, DotGeneral, EinsumOp, Slot
+from qat.nnx.slots import (
+    ATTENTION,
+    PROJECTION,
+    Attention,
+    Convolution,
+    DotGeneral,
+    EinsumOp,
+    Slot,
+)
 from qat.nnx.state import set_key
 from qat.policy import AnyRules, Policy, Rules
 
@@ -66,7 +74,7 @@ class _Layer:
     slot: str
     make: Callable[[Any, Policy, tuple[int, ...]], Any]
     rank: Callable[[Any], int]
-    operands: tuple[str, ...] = ("weights", "activations", "gradients")
+    operands: tuple[str, ...] = PROJECTION
 
 
 def quantize_model(
@@ -144,7 +152,7 @@ _LAYERS: dict[type, _Layer] = {
         "attention_fn",
         _attention,
         lambda layer: 3,
-        ("queries", "kv_cache", "probabilities"),
+        ATTENTION,
     ),
 }
 

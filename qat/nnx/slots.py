@@ -35,6 +35,7 @@ from qat.quantization import fake_quant
 from qat.quantizer import Quantizer
 
 PROJECTION = ("weights", "activations", "gradients")
+ATTENTION = ("queries", "kv_cache", "probabilities")
 
 
 class PolicyState(nnx.Variable[Policy]):
@@ -176,7 +177,7 @@ class Attention(nnx.Module):
 
     def __init__(self, policy: Policy, stack: tuple[int, ...] = ()):
         self.path: str | None = None
-        self.structure = policy.restricted(("queries", "kv_cache", "probabilities")).structure
+        self.structure = policy.restricted(ATTENTION).structure
         self.queries = nnx.data(_optional(policy, "queries", stack))
         self.keys = nnx.data(_optional(policy, "kv_cache", stack))
         self.values = nnx.data(_optional(policy, "kv_cache", stack))
