@@ -19,7 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import qat.nnx
+from models.norm import RMSNorm
 from qat.policy import Policy, Rules
+from qat.training.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +47,7 @@ class Attention(nnx.Module):
         heads: int,
         kv_heads: int,
         rope_base: float,
+        scale: float,
         dtype: jnp.dtype,
         rules: Rules,
         path: str,
@@ -52,6 +55,7 @@ class Attention(nnx.Module):
     ):
         self.group = heads // kv_heads
         self.rope_base = rope_base
+        self.scale = scale
         cache_policy = rules.policy_for(f"{path}/cache")
         self.qkv = qat.nnx.LinearGeneral(
             width,
@@ -64,7 +68,7 @@ class Attention(nnx.Module):
         self.cache = nnx.data(_fake_quant(cache_policy, "kv_cache"))
         self.queries = nnx.data(_fake_quant(cache_policy, "queries"))
         self.probabilities = nnx.data(_fake_quant(cache_policy, "probabilities"))
-        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width, dtype=dtype, rngs=rngs)
         self.out = qat.nnx.Linear(
             width,
             width,
@@ -87,7 +91,7 @@ class Attention(nnx.Module):
         Returns:
             The block's update, and the cache with the new tokens written at `position`.
         """
-        qkv_BTKNC = self.qkv(x_BTD)
+        qkv_BTKNC = constrain(self.qkv(x_BTD), "batch", None, "heads", None, None)
         q_BTKGC = qkv_BTKNC[..., : self.group, :]
         k_BTKC, v_BTKC = qkv_BTKNC[..., self.group, :], qkv_BTKNC[..., self.group + 1, :]
         positions_T = position + jnp.arange(x_BTD.shape[1])
@@ -106,7 +110,7 @@ class Attention(nnx.Module):
             cache = Cache(k_BSKC, v_BSKC)
             positions_S = jnp.arange(k_BSKC.shape[1])
         visible_TS = positions_T[:, None] >= positions_S[None, :]
-        mixed_BTKGC = attend(q_BTKGC, k_BSKC, v_BSKC, visible_TS, self.probabilities)
+        mixed_BTKGC = attend(q_BTKGC * self.scale, k_BSKC, v_BSKC, visible_TS, self.probabilities)
         return self.out(self.norm(mixed_BTKGC.reshape(x_BTD.shape))), cache
 
 
@@ -117,10 +121,12 @@ def attend(
     visible_TS: Array,
     quantize: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T K G C"]:
-    """Softmax attention, scores and probabilities in float32; `quantize` rounds the latter."""
-    scale = q_BTKGC.shape[-1] ** -0.5
+    """Softmax attention of scaled queries, scores and probabilities in float32.
+
+    `quantize` rounds the probabilities.
+    """
     scores_BKGTS = jnp.einsum(
-        "btkgc,bskc->bkgts", q_BTKGC * scale, k_BSKC, preferred_element_type=jnp.float32
+        "btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
     )
     lowest = jnp.finfo(jnp.float32).min
     scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, lowest)

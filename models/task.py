@@ -5,44 +5,71 @@ parameters and constants. The constants of a policy are the numbers of its forma
 where the model's layers keep them.
 """
 
+import dataclasses
+
 import jax
 from flax import nnx
 
 import qat.nnx
 from models.transformer import Transformer, TransformerConfig, split
 from qat.policy import Policy, Rules
+from qat.training.scaling import Scaling
 from qat.training.sharding import LogicalAxes
 from qat.training.step import Constants, Params, Task
 
-# The stacked blocks have their layer axis first.
 AXES: LogicalAxes = (
     ("embed/embedding", ("vocabulary", "width")),
     ("head/kernel", ("width", "vocabulary")),
-    ("attention/qkv/kernel", (None, "width", "heads", None, None)),
-    ("attention/out/kernel", (None, "heads", "width")),
-    ("mlp/gate_up/kernel", (None, "width", None, "mlp")),
-    ("mlp/down/kernel", (None, "mlp", "width")),
-    ("scale", (None, None)),
+    ("attention/qkv/kernel", ("layer", "width", "heads", None, None)),
+    ("attention/out/kernel", ("layer", "heads", "width")),
+    ("mlp/gate_up/kernel", ("layer", "width", None, "mlp")),
+    ("mlp/down/kernel", ("layer", "mlp", "width")),
+    ("blocks/.*(scale|_value)", ("layer", ...)),
+    ("scale", (None,)),
+    ("_value", (...,)),
 )
 
+_UNSCALED = Scaling()
 
-def language_model(config: TransformerConfig, structure: Policy | Rules | None) -> Task:
+
+def language_model(
+    config: TransformerConfig,
+    structure: Policy | Rules | None,
+    scaling: Scaling = _UNSCALED,
+) -> Task:
     """The task of training this shape under any policy of the given structure.
 
     Args:
         config: shape.
         structure: a policy or rules; only which operands are quantized, and how grouped, counts.
+        scaling: changes the initial values; for what it changes in the model, see `scaled`.
     """
-    graph = split(_abstract(config, structure))[0]
+    model = _abstract(config, structure)
+    graph, noisy = split(model)[0], qat.nnx.needs_key(model)
 
     def init(key: jax.Array) -> Params:
-        return split(Transformer(config, structure, rngs=nnx.Rngs(key)))[1]
+        params = split(Transformer(config, structure, rngs=nnx.Rngs(key)))[1]
+        return scaling.initial_values(params, AXES)
 
-    def apply(params: Params, constants: Constants, tokens_BT: jax.Array) -> jax.Array:
-        logits_BTV: jax.Array = nnx.merge(graph, params, constants)(tokens_BT)
+    def apply(
+        params: Params, constants: Constants, key: jax.Array, tokens_BT: jax.Array
+    ) -> jax.Array:
+        model = nnx.merge(graph, params, constants)
+        if noisy:
+            qat.nnx.set_key(model, key)
+        logits_BTV: jax.Array = model(tokens_BT)
         return logits_BTV
 
     return Task(init, apply, AXES)
+
+
+def scaled(config: TransformerConfig, scaling: Scaling) -> TransformerConfig:
+    """The shape with the factors that the rule asks for in the model itself."""
+    return dataclasses.replace(
+        config,
+        attention_scale=scaling.attention_scale(config.width // config.heads),
+        residual_scale=scaling.residual_scale,
+    )
 
 
 def constants_for(config: TransformerConfig, policy: Policy | Rules | None) -> Constants:

@@ -7,6 +7,9 @@ largest magnitude wants inputs of even size. Embedding and head are untied and s
 unless the policy is a set of `Rules` that says otherwise.
 
 The blocks are one stacked module run by `jax.lax.scan`, so compile time does not grow with depth.
+Rematerialisation keeps a block's input ("full"), or that and the outputs of its matrix products
+("dots"), and computes the rest again in the backward pass.
+
 The model is used functionally: `split` it into parameters and the rest, `jax.jit` a pure function
 of both. The policy's numbers are part of the rest and thus data.
 
@@ -23,9 +26,17 @@ from jaxtyping import Array, Float, Int
 
 import qat.nnx
 from models.attention import Attention, Cache
+from models.norm import RMSNorm
 from qat.policy import Policy, Rules
+from qat.spelling import expected_one_of
+from qat.training.sharding import constrain
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+_REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,10 @@ class TransformerConfig:
         mlp_width: width F of the gated layer; 0 means 8/3 of `width`, rounded up to 8.
         rope_base: base of the rotary frequencies.
         dtype: compute dtype; parameters are float32.
+        remat: what the backward pass computes again: "none", "full" or "dots".
+        attention_scale: factor of the attention scores; 0 means one over the root of the channels
+            of a head.
+        residual_scale: factor of every block's updates of the residual stream.
     """
 
     vocabulary: int = 256
@@ -51,6 +66,9 @@ class TransformerConfig:
     mlp_width: int = 0
     rope_base: float = 10_000.0
     dtype: str = "float32"
+    remat: str = "none"
+    attention_scale: float = 0.0
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for size in ("vocabulary", "width", "layers", "heads", "kv_heads"):
@@ -58,8 +76,9 @@ class TransformerConfig:
                 raise ValueError(f"{size} = {getattr(self, size)}: expected at least 1")
         if self.mlp_width < 0:
             raise ValueError(f"mlp_width = {self.mlp_width}: expected at least 0")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype = {self.dtype!r}: expected one of {', '.join(_DTYPES)}")
+        for name, options in (("dtype", DTYPES), ("remat", tuple(_REMAT))):
+            if getattr(self, name) not in options:
+                raise ValueError(expected_one_of(name, getattr(self, name), options))
         for whole, part in (("width", "heads"), ("heads", "kv_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
@@ -70,6 +89,11 @@ class TransformerConfig:
             raise ValueError(
                 f"width / heads = {self.width // self.heads}: rotary positions need an even number"
             )
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.attention_scale or (self.width // self.heads) ** -0.5
 
     @property
     def gated_width(self) -> int:
@@ -99,12 +123,12 @@ class GatedMlp(nnx.Module):
         self.gate_up = qat.nnx.LinearGeneral(
             width, (2, gated), policy=rules.policy_for(f"{path}/gate_up"), **shared
         )
-        self.norm = nnx.RMSNorm(gated, dtype=shared["dtype"], rngs=rngs)
+        self.norm = RMSNorm(gated, dtype=shared["dtype"], rngs=rngs)
         self.down = qat.nnx.Linear(gated, width, policy=rules.policy_for(f"{path}/down"), **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The block's update from normed inputs."""
-        gate_up_BT2F = self.gate_up(x_BTD)
+        gate_up_BT2F = constrain(self.gate_up(x_BTD), "batch", None, None, "mlp")
         hidden_BTF = jax.nn.silu(gate_up_BT2F[..., 0, :]) * gate_up_BT2F[..., 1, :]
         return self.down(self.norm(hidden_BTF))
 
@@ -114,27 +138,30 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
-        self.attention_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.attention = Attention(
             config.width,
             config.heads,
             config.kv_heads,
             config.rope_base,
+            config.score_scale,
             dtype,
             rules,
             f"{path}/attention",
             rngs,
         )
-        self.mlp_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.mlp = GatedMlp(config, rules, f"{path}/mlp", rngs)
+        self.scale = config.residual_scale
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], position: Int[Array, ""], cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """One layer; see `Attention` for the arguments."""
         update_BTD, cache = self.attention(self.attention_norm(x_BTD), position, cache)
-        x_BTD = x_BTD + update_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        x_BTD = constrain(x_BTD + self.scale * update_BTD, "batch", None, None)
+        update_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD + self.scale * update_BTD, "batch", None, None), cache
 
 
 class Transformer(nnx.Module):
@@ -166,7 +193,7 @@ class Transformer(nnx.Module):
             return Block(config, rules, "blocks", rngs)
 
         self.blocks = stacked_blocks(rngs)
-        self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.head = qat.nnx.Linear(
             config.width,
             config.vocabulary,
@@ -213,8 +240,13 @@ class Transformer(nnx.Module):
             )
             return output
 
-        x_BTD, cache = jax.lax.scan(body, self.embed(tokens_BT), (layers, cache))
-        return self.head(self.norm(x_BTD)).astype(jnp.float32), cache
+        if self.config.remat != "none":
+            policy = _REMAT[self.config.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
+        x_BTD, cache = jax.lax.scan(body, x_BTD, (layers, cache))
+        logits_BTV = constrain(self.head(self.norm(x_BTD)), "batch", None, "vocabulary")
+        return logits_BTV.astype(jnp.float32), cache
 
 
 def inner_rules(policy: Policy | None) -> Rules:

@@ -18,7 +18,7 @@ from qat.nnx.slots import (
     PolicyState,
     StaticRange,
 )
-from qat.nnx.state import calibrate, set_key, set_policy
+from qat.nnx.state import calibrate, needs_key, set_key, set_policy
 
 __all__ = [
     "Attention",
@@ -35,6 +35,7 @@ __all__ = [
     "PolicyState",
     "StaticRange",
     "calibrate",
+    "needs_key",
     "quantize_model",
     "set_key",
     "set_policy",

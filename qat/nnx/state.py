@@ -52,6 +52,13 @@ def set_key(model: nnx.Module, key: jax.Array) -> None:
         slot.key.set_value(words)
 
 
+def needs_key(model: nnx.Module) -> bool:
+    """Whether anything in a model rounds stochastically, so that `set_key` must precede a call."""
+    policies = (n.policy.get_value() for _, n in nnx.iter_graph(model) if isinstance(n, Slot))
+    quantizers = (q for policy in policies for q in policy.operands().values() if q is not None)
+    return any(quantizer.rounding == "stochastic" for quantizer in quantizers)
+
+
 def calibrate(
     model: nnx.Module,
     batches: Iterable[Any],

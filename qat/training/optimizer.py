@@ -4,12 +4,17 @@ Adam (Kingma & Ba, arXiv 1412.6980) with decoupled weight decay (Loshchilov & Hu
 arXiv 1711.05101). Defaults are those of Kumar et al. (arXiv 2411.04330).
 """
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
-_NOT_DECAYED = ("scale", "bias")
+from qat.training.sharding import path_name
+
+# Scales of norms, biases, and the learned scales of quantizers.
+NOT_DECAYED = ("scale", "bias", r"\w+_value")
 
 
 def adamw(
@@ -18,8 +23,10 @@ def adamw(
     eps: float = 1e-15,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    not_decayed: Sequence[str] = NOT_DECAYED,
+    rates: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, and weight decay of everything but scales and biases.
+    """Clipping by global norm, Adam, and weight decay of the matrices.
 
     Args:
         b1: decay of the first moment.
@@ -27,12 +34,23 @@ def adamw(
         eps: added to the root of the second moment.
         weight_decay: share of a parameter removed per unit of learning rate.
         clip_norm: largest global norm of the gradient; 0 does not clip.
+        not_decayed: regular expressions of whole names at the end of a "/"-separated path, such
+            as "embed/embedding", whose arrays do not decay.
+        rates: parameters → factor of each one's update, before decay; None is 1 everywhere.
     """
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+
+    def scale(updates: Any, params: Any) -> Any:
+        return (
+            updates if rates is None else jax.tree.map(lambda u, r: u * r, updates, rates(params))
+        )
+
     inner = optax.chain(
-        clip,
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.stateless(scale),
+        optax.add_decayed_weights(
+            weight_decay, mask=lambda params: decay_mask(params, not_decayed)
+        ),
     )
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -44,8 +62,9 @@ def adamw(
     return optax.GradientTransformation(inner.init, update)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the leaves that decay, by the last name of their path."""
+def decay_mask(params: Any, not_decayed: Sequence[str] = NOT_DECAYED) -> Any:
+    """True for the leaves that decay."""
+    pattern = re.compile(f"(.*/)?({'|'.join(not_decayed)})" if not_decayed else r"(?!)")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+        lambda path, _: not pattern.fullmatch(path_name(path)), params
     )

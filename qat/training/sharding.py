@@ -4,23 +4,36 @@ A model names the axes of its parameters once, by path ("mlp/down/kernel" has ax
 "width"). Logical axes map to the axes of the device mesh. The optimizer's moments have the
 parameters' paths at their ends and get the same placement, so one function serves the whole
 training state. An array that no rule knows is an error, not silently replicated.
+
+Activations are named by the model where they are computed; `constrain` places them when the
+program runs on a mesh, and does nothing in a program that knows of none.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+Result = TypeVar("Result")
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-LogicalAxes = Sequence[tuple[str, tuple[str | None, ...]]]
+LogicalAxes = Sequence[tuple[str, tuple[str | EllipsisType | None, ...]]]
 
 DEFAULT_MAPPING: Mapping[str, str] = {
     "width": "fsdp",
+    "vocabulary": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+}
+_ACTIVATIONS: Mapping[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
     "vocabulary": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
@@ -67,7 +80,8 @@ def state_shardings(
         state: pytree of arrays or their shapes.
         mesh: devices.
         axes: pairs of a regular expression, found at the end of a "/"-separated path, and the
-            logical axis of each dimension (None is never split).
+            logical axis of each dimension (None is never split, nor is what a last ... stands
+            for).
         mapping: logical axis → mesh axis; what is absent is never split.
 
     Raises:
@@ -76,10 +90,58 @@ def state_shardings(
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, axes, mapping))
+        return NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, axes, mapping))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Places an activation by the logical axis of each dimension, inside `on_mesh`.
+
+    Args:
+        x: traced, any shape.
+        axes: "batch", "heads", "mlp", "vocabulary", or None for a dimension that is not split.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    spec = PartitionSpec(*(axis and _ACTIVATIONS[axis] for axis in axes))
+    placed: jax.Array = jax.lax.with_sharding_constraint(x, spec)
+    return placed
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, traced where `constrain` knows the mesh."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Result:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def path_name(path: Any) -> str:
+    """A pytree path, "/"-separated."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def axes_of(name: str, shape: tuple[int, ...], axes: LogicalAxes) -> tuple[str | None, ...]:
+    """Logical axis of each dimension of the array at a path; vectors need no rule.
+
+    Raises:
+        ValueError: no rule for an array of two or more dimensions, or another number of
+            dimensions than the rule says.
+    """
+    logical = next((axes for rule, axes in axes if re.search(f"(^|/){rule}$", name)), None)
+    if logical is None and len(shape) < 2:
+        return (None,) * len(shape)
+    if logical is None:
+        raise ValueError(f"no sharding rule matches the array {name!r} of shape {shape}")
+    named = tuple(axis for axis in logical if not isinstance(axis, EllipsisType))
+    rest = len(shape) - len(named)
+    if rest < 0 or (rest and len(named) == len(logical)):
+        raise ValueError(f"sharding rule {logical} does not fit {name!r} of shape {shape}")
+    return named + (None,) * rest
 
 
 def _spec(
@@ -90,13 +152,7 @@ def _spec(
     mapping: Mapping[str, str],
 ) -> PartitionSpec:
     """Mesh axes of one array, checked against its shape."""
-    if len(shape) < 2:
-        return PartitionSpec()
-    logical = next((axes for rule, axes in axes if re.search(f"(^|/){rule}$", name)), None)
-    if logical is None:
-        raise ValueError(f"no sharding rule matches the array {name!r} of shape {shape}")
-    if len(logical) != len(shape):
-        raise ValueError(f"sharding rule {logical} does not fit {name!r} of shape {shape}")
+    logical = axes_of(name, shape, axes)
     spec = [None if axis is None else mapping.get(axis) for axis in logical]
     used = [axis for axis in spec if axis is not None]
     if len(used) != len(set(used)):
@@ -107,4 +163,4 @@ def _spec(
                 f"array {name!r} of shape {shape}: dimension {size} is not a multiple of "
                 f"mesh axis {axis} = {mesh.shape[axis]}"
             )
-    return PartitionSpec(*spec)
+    return PartitionSpec(*spec) if used else PartitionSpec()

@@ -5,7 +5,12 @@ constants and tokens. The constants are whatever else the model needs; a quantiz
 numbers of its formats there. Constants, learning-rate schedule and seed are arguments of the
 programs, so every precision, budget, rate and seed of a shape runs through the same three.
 
-Shapes: B sequences, T tokens, S = T + 1 tokens of a record, V vocabulary.
+A step is a function of (state, batch) alone: the noise of stochastic rounding comes from the
+state's seed and step number. Accumulation splits a batch into parts that follow one another and
+averages their gradients; a part holds every A-th sequence, so that each device's share of the
+batch gives a share of every part. What a quantizer scales by is then the part's, not the batch's.
+
+Shapes: B sequences, A parts, T tokens, S = T + 1 tokens of a record, V vocabulary.
 """
 
 import dataclasses
@@ -17,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from qat.training.schedule import Schedule, learning_rate
-from qat.training.sharding import BATCH, LogicalAxes, state_shardings
+from qat.training.sharding import BATCH, LogicalAxes, constrain, on_mesh, state_shardings
 
 Params = Any
 Constants = Any
@@ -32,12 +37,12 @@ class Task:
 
     Attributes:
         init: (random key) → parameters, a nested dict of float32 arrays.
-        apply: (parameters, constants, tokens_BT) → logits_BTV, float32.
+        apply: (parameters, constants, random key, tokens_BT) → logits_BTV, float32.
         axes: logical axes of the parameters, for `qat.training.sharding`.
     """
 
     init: Callable[[Array], Params]
-    apply: Callable[[Params, Constants, Array], Array]
+    apply: Callable[[Params, Constants, Array, Array], Array]
     axes: LogicalAxes
 
 
@@ -47,6 +52,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     step: Int[Array, ""]
+    seed: UInt32[Array, ""]
 
 
 class Metrics(NamedTuple):
@@ -76,8 +82,16 @@ class Programs:
     state_sharding: TrainState
 
 
-def make_programs(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> Programs:
+def make_programs(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, accumulation: int = 1
+) -> Programs:
     """Places the state on the mesh and jits the three functions.
+
+    Args:
+        task: the model.
+        optimizer: gives updates without their learning rate.
+        mesh: devices.
+        accumulation: parts A of a batch whose gradients are averaged one after another.
 
     Raises:
         ValueError: the state does not fit the mesh (see `state_shardings`).
@@ -85,23 +99,28 @@ def make_programs(task: Task, optimizer: optax.GradientTransformation, mesh: Mes
 
     def init_state(seed: Array) -> TrainState:
         params = task.init(jax.random.key(seed))
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        seed = jnp.asarray(seed, jnp.uint32)
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), seed)
 
     def train_step(
         state: TrainState, constants: Constants, schedule: Schedule, tokens_BS: Array
     ) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Params) -> Array:
-            return jnp.mean(token_losses(task, params, constants, tokens_BS))
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
+        def mean_loss(params: Params, key: Array, tokens_BS: Array) -> Array:
+            return jnp.mean(token_losses(task, params, constants, key, tokens_BS))
+
+        value_and_grad = _accumulated(jax.value_and_grad(mean_loss), accumulation)
+        loss, grads = value_and_grad(state.params, key, tokens_BS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(schedule, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         metrics = Metrics(loss, optax.tree.norm(grads), rate)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, state.seed), metrics
 
     def eval_step(params: Params, constants: Constants, tokens_BS: Array) -> Array:
-        return jnp.mean(token_losses(task, params, constants, tokens_BS), axis=1)
+        key = jax.random.key(0)
+        return jnp.mean(token_losses(task, params, constants, key, tokens_BS), axis=1)
 
     abstract = jax.eval_shape(init_state, jnp.uint32(0))
     placed = state_shardings(abstract, mesh, task.axes)
@@ -110,22 +129,48 @@ def make_programs(task: Task, optimizer: optax.GradientTransformation, mesh: Mes
     return Programs(
         init_state=jax.jit(init_state, out_shardings=placed),
         train_step=jax.jit(
-            train_step,
+            on_mesh(mesh, train_step),
             in_shardings=(placed, same, same, batch),
             out_shardings=(placed, same),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(eval_step, in_shardings=(placed.params, same, batch), out_shardings=same),
+        eval_step=jax.jit(
+            on_mesh(mesh, eval_step), in_shardings=(placed.params, same, batch), out_shardings=same
+        ),
         batch_sharding=batch,
         state_sharding=placed,
     )
 
 
+def _accumulated(
+    value_and_grad: Callable[[Params, Array, Array], tuple[Array, Params]], parts: int
+) -> Callable[[Params, Array, Array], tuple[Array, Params]]:
+    """The mean over parts of a batch, computed one after another."""
+    if parts == 1:
+        return value_and_grad
+
+    def accumulate(params: Params, key: Array, tokens_BS: Array) -> tuple[Array, Params]:
+        batch, window = tokens_BS.shape
+        tokens_BAS = tokens_BS.reshape(batch // parts, parts, window)
+
+        def add(total: Any, part: Array) -> tuple[Any, None]:
+            tokens_BS = constrain(tokens_BAS[:, part], "batch", None)
+            found = value_and_grad(params, jax.random.fold_in(key, part), tokens_BS)
+            return jax.tree.map(jnp.add, total, found), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, jnp.arange(parts))
+        mean: tuple[Array, Params] = jax.tree.map(lambda leaf: leaf / parts, total)
+        return mean
+
+    return accumulate
+
+
 def token_losses(
-    task: Task, params: Params, constants: Constants, tokens_BS: Int[Array, "B S"]
+    task: Task, params: Params, constants: Constants, key: Array, tokens_BS: Int[Array, "B S"]
 ) -> Float[Array, "B T"]:
     """Cross entropy of every token but the first of each record, in nats."""
-    logits_BTV = task.apply(params, constants, tokens_BS[:, :-1])
+    logits_BTV = task.apply(params, constants, key, tokens_BS[:, :-1])
     log_probability_BTV = jax.nn.log_softmax(logits_BTV)
     return -jnp.take_along_axis(log_probability_BTV, tokens_BS[:, 1:, None], axis=-1)[..., 0]
 

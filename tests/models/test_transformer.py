@@ -161,7 +161,7 @@ def test_attention_equals_repeated_heads_in_numpy():
         np.repeat(k_BSKC, 3, axis=2),
         np.repeat(v_BSKC, 3, axis=2),
     )
-    mixed = attend(*map(jnp.asarray, (q_BTKGC, k_BSKC, v_BSKC)), jnp.tri(5, dtype=bool))
+    mixed = attend(*map(jnp.asarray, (q_BTKGC / 2, k_BSKC, v_BSKC)), jnp.tri(5, dtype=bool))
     np.testing.assert_allclose(mixed.reshape(2, 5, 6, 4), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -236,10 +236,36 @@ def test_bfloat16_computes_narrow_and_returns_float32_logits():
         cache = model.empty_cache(batch=2, length=8)
         return model.decode(TOKENS_BT, jnp.int32(0), cache)
 
-    with jax.numpy_dtype_promotion("standard"):  # Flax's RMSNorm promotes to float32 itself
-        logits_BTV, cache = jax.eval_shape(run, params, rest)
+    logits_BTV, cache = jax.eval_shape(run, params, rest)
     assert (logits_BTV.shape, logits_BTV.dtype) == ((2, 6, 32), jnp.float32)
     assert cache.k_BSKC.dtype == cache.v_BSKC.dtype == jnp.bfloat16
+
+
+def test_bfloat16_is_close_to_float32(unquantized):
+    """The losses of the two differ by the rounding of activations to 8 bits of significand."""
+    narrow = dataclasses.replace(CONFIG, dtype="bfloat16")
+    logits_BTV, gradients = logits_and_gradients(*build(None, narrow), TOKENS_BT)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(logits_BTV, unquantized[0], atol=0.1)
+    assert np.abs(logits_BTV - unquantized[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_number(remat, unquantized):
+    again = dataclasses.replace(CONFIG, remat=remat)
+    measured = logits_and_gradients(*build(None, again), TOKENS_BT)
+    for a, b in zip(jax.tree.leaves(measured), jax.tree.leaves(unquantized), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rematerialisation_keeps_less_for_the_backward_pass():
+    def kept(remat):
+        graph, params, rest = build(None, dataclasses.replace(CONFIG, remat=remat))
+        loss = lambda params: nnx.merge(graph, params, rest)(TOKENS_BT).sum()  # noqa: E731
+        _, pullback = jax.eval_shape(lambda params: jax.vjp(loss, params), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept("full") < kept("dots") < kept("none")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +273,11 @@ def test_bfloat16_computes_narrow_and_returns_float32_logits():
     [
         ({"width": 18}, "width = 18 is not a multiple of heads = 4"),
         ({"heads": 4, "kv_heads": 3}, "heads = 4 is not a multiple of kv_heads = 3"),
+        (
+            {"remat": "ful"},
+            "unknown remat 'ful': expected one of none, full, dots; nearest is 'full'",
+        ),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"width": 12}, "width / heads = 3: rotary positions need an even number"),
     ],
 )

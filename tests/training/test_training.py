@@ -1,6 +1,7 @@
 """Whole runs: golden losses, restore, meshes, divergence, one program for all precisions."""
 
 import collections
+import dataclasses
 import types
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from models.task import constants_for, language_model
 from models.transformer import TransformerConfig
 from qat.policy import Policy
+from qat.quantizer import Quantizer
 from qat.training.checkpoint import Checkpoints, claim
 from qat.training.loop import train
 from qat.training.optimizer import adamw
@@ -33,8 +35,8 @@ def batch_at(step):
 BATCHES = types.SimpleNamespace(batch_at=batch_at)
 
 
-def programs_on(mesh):
-    return make_programs(language_model(CONFIG, STRUCTURE), adamw(), mesh)
+def programs_on(mesh, **options):
+    return make_programs(language_model(CONFIG, STRUCTURE), adamw(), mesh, **options)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,38 @@ def test_sharding_does_not_change_the_losses(programs, policy, tolerance):
     np.testing.assert_allclose(list(sharded.values()), list(single.values()), rtol=tolerance)
 
 
+def test_accumulation_does_not_change_the_losses(programs):
+    parts = programs_on(make_mesh(devices=jax.devices()[:1]), accumulation=4)
+    for policy, tolerance in (("none", 1e-5), ("w4", 1e-4)):  # scales of weights know no batch
+        whole, split = run(programs, policy).losses, run(parts, policy).losses
+        np.testing.assert_allclose(list(split.values()), list(whole.values()), rtol=tolerance)
+
+
+def test_accumulation_on_a_mesh_splits_every_device_s_share(programs):
+    parts = programs_on(make_mesh(2, 1, 1, jax.devices()[:2]), accumulation=4)
+    whole, split = run(programs).losses, run(parts).losses
+    np.testing.assert_allclose(list(split.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_stochastic_rounding_is_a_function_of_seed_and_step():
+    rounding = Quantizer("int8", "token", rounding="stochastic")
+    policy = dataclasses.replace(Policy.parse("w4a8"), gradients=rounding)
+    task = language_model(CONFIG, policy)
+    programs = make_programs(task, adamw(), make_mesh(devices=jax.devices()[:1]))
+    constants, schedule = constants_for(CONFIG, policy), warmup_cosine(1e-2, 10)
+
+    def losses(seed, noise):
+        state = programs.init_state(jnp.uint32(seed))._replace(seed=jnp.uint32(noise))
+        result = train(programs, state, constants, schedule, BATCHES, log_every=1)
+        return list(result.losses.values())
+
+    first = losses(0, 0)
+    assert losses(0, 0) == first
+    other = losses(0, 1)
+    assert other[0] == first[0]  # noise is in the gradients alone
+    assert other[1:] != first[1:]
+
+
 def test_a_restored_run_equals_the_uninterrupted_one(programs, tmp_path):
     whole = run(programs, "w4a8")
     schedule = warmup_cosine(1e-2, 30)
@@ -173,7 +207,8 @@ def test_evaluation_is_the_mean_cross_entropy_of_each_sequence(programs):
     task = language_model(CONFIG, STRUCTURE)
     for row, batch in ((0, batch_at(0)), (8, batch_at(1))):
         logits_BTV = np.asarray(
-            task.apply(params, constants(), jnp.asarray(batch[:, :-1])), np.float64
+            task.apply(params, constants(), jax.random.key(0), jnp.asarray(batch[:, :-1])),
+            np.float64,
         )
         log_sum_BT = np.log(np.exp(logits_BTV).sum(axis=-1))
         chosen_BT = np.take_along_axis(logits_BTV, batch[:, 1:, None], axis=-1)[..., 0]
