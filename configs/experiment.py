@@ -13,12 +13,26 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy = "none"  # see qat.Policy.parse
     config.tokens = 1_000_000  # training tokens; rounded down to whole batches
     config.batch_size = 32  # sequences
-    config.learning_rate = 3e-3  # peak
-    config.warmup_fraction = 0.1  # of the run
-    config.final_fraction = 0.1  # of the peak, at the end
+    config.accumulation = 1  # parts of a batch whose gradients are averaged one after another
+    config.learning_rate = 3e-3  # peak, of a model of the base size
     config.weight_decay = 0.1
+    config.not_decayed = ("scale", "bias", r"\w+_value")  # see qat.training.optimizer
     config.clip_norm = 1.0  # 0 does not clip
-    config.seed = 0  # of initialisation and data order
+    config.seed = 0  # of initialisation, data order and noise
+
+    config.schedule = ml_collections.ConfigDict()  # see qat.training.schedule
+    config.schedule.name = "cosine"  # or "wsd": warm-up, stable, decay
+    config.schedule.warmup_fraction = 0.1  # of the run; with branches, of the shortest
+    config.schedule.final_fraction = 0.1  # of the peak, at the end
+    config.schedule.cooldown = "sqrt"  # wsd: linear, sqrt or cosine
+    config.schedule.cooldown_fraction = 0.2  # wsd: of the run
+    config.schedule.branches = ()  # wsd: smaller numbers of tokens that branch off the same run
+
+    config.scaling = ml_collections.ConfigDict()  # see qat.training.scaling
+    config.scaling.rule = "fixed"  # or "depth-mup", "mup"
+    config.scaling.base_width = 0  # of the model whose learning rate was tuned; 0 is this one's
+    config.scaling.base_layers = 0
+    config.scaling.base_heads = 0
 
     config.model = ml_collections.ConfigDict()  # see models.transformer.TransformerConfig
     config.model.width = 32
@@ -28,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.mlp_width = 0
     config.model.rope_base = 10_000.0
     config.model.dtype = "float32"
+    config.model.remat = "none"
 
     config.data = ml_collections.ConfigDict()  # see qat.training.data.prepare
     config.data.source = "stdlib"

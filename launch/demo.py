@@ -18,7 +18,8 @@ from absl import flags
 
 from configs import demo
 from launch import cpu
-from launch.experiment import Experiment, Lab
+from launch.experiment import Experiment
+from launch.lab import Lab
 from launch.main import run
 from launch.progress import Meter
 from launch.timing import counting_compiles

@@ -1,34 +1,33 @@
-"""From a config to a trained, evaluated model: what `train` and `demo` have in common.
+"""A config, checked and resolved into what a run needs.
 
-An `Experiment` is a checked config. `Lab` holds what experiments share: prepared text, and the
-compiled programs of each shape.
+An `Experiment` is pure data; `launch.lab` trains and evaluates it.
 """
 
 import dataclasses
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from models.task import constants_for, language_model, matrix_params
+from models.task import scaled
 from models.transformer import TransformerConfig
 from qat.policy import Policy
-from qat.training import flops
-from qat.training.checkpoint import Checkpoints
-from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
-from qat.training.loop import TrainingResult, train
-from qat.training.optimizer import adamw
-from qat.training.results import Row, hash_of, package_versions
-from qat.training.schedule import Schedule, warmup_cosine
-from qat.training.sharding import make_mesh
-from qat.training.step import Metrics, Programs, evaluate, make_programs, mean_and_standard_error
+from qat.spelling import expected_one_of
+from qat.training.results import hash_of
+from qat.training.scaling import Scaling
+from qat.training.schedule import Schedule, branches, warmup_cosine
 
-LossesOfSequences = np.ndarray
+_SCHEDULES = ("cosine", "wsd")
+# What is not data to the compiled programs, beside the structure of the policy.
+_COMPILED = (
+    "model",
+    "batch_size",
+    "accumulation",
+    "data",
+    "weight_decay",
+    "not_decayed",
+    "clip_norm",
+    "scaling",
+    "mesh",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +38,17 @@ class Experiment:
         config: plain nested dict; its hash identifies the run.
         model: shape.
         policy: precision.
+        scaling: size relative to the model whose learning rate was tuned.
         schedule: learning rate by step.
+        branches: schedules of smaller budgets that branch off this run, shortest first.
     """
 
     config: Mapping[str, Any]
     model: TransformerConfig
     policy: Policy
+    scaling: Scaling
     schedule: Schedule
+    branches: tuple[Schedule, ...]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Experiment":
@@ -55,34 +58,88 @@ class Experiment:
             ValueError: a value is out of range; the message names it.
         """
         _check(config)
-        tokens_per_step = config["batch_size"] * config["data"]["sequence_length"]
-        steps = config["tokens"] // tokens_per_step
-        if steps < 1:
-            raise ValueError(
-                f"tokens = {config['tokens']} is less than one batch of {tokens_per_step} tokens"
-            )
-        schedule = warmup_cosine(
-            config["learning_rate"], steps, config["warmup_fraction"], config["final_fraction"]
-        )
         model = TransformerConfig(**config["model"])
-        return cls(config, model, Policy.parse(config["policy"]), schedule)
+        scaling = _scaling(model, **config["scaling"])
+        *branches, schedule = _schedules(config)
+        return cls(
+            config,
+            scaled(model, scaling),
+            Policy.parse(config["policy"]),
+            scaling,
+            schedule,
+            tuple(branches),
+        )
 
     @property
     def tokens(self) -> int:
         """D: training tokens, whole batches."""
-        sequences: int = self.schedule.total_steps * self.config["batch_size"]
-        return sequences * int(self.config["data"]["sequence_length"])
+        return self.schedule.total_steps * _tokens_per_step(self.config)
 
     @property
     def shape(self) -> str:
         """Identifies the compiled programs: everything that is not data to them."""
-        keys = ("model", "batch_size", "data", "weight_decay", "clip_norm", "mesh")
-        return hash_of({key: self.config[key] for key in keys})
+        return hash_of(
+            {
+                **{key: self.config[key] for key in _COMPILED},
+                "policy": self.policy.traced().structure,
+            }
+        )
 
     @property
     def config_hash(self) -> str:
         """Identifies the config."""
         return hash_of(self.config)
+
+
+def _tokens_per_step(config: Mapping[str, Any]) -> int:
+    tokens: int = config["batch_size"] * config["data"]["sequence_length"]
+    return tokens
+
+
+def _schedules(config: Mapping[str, Any]) -> list[Schedule]:
+    """Those of the branches, shortest first, and that of the run.
+
+    Raises:
+        ValueError: no schedule has that name, a budget is less than a batch or more than the run.
+    """
+    options = dict(config["schedule"])
+    name, shorter = options.pop("name"), sorted(options.pop("branches"))
+    budgets = [*shorter, config["tokens"]]
+    tokens_per_step = _tokens_per_step(config)
+    for tokens in budgets:
+        if tokens < tokens_per_step:
+            raise ValueError(
+                f"tokens = {tokens} is less than one batch of {tokens_per_step} tokens"
+            )
+    steps = [tokens // tokens_per_step for tokens in budgets]
+    if name not in _SCHEDULES:
+        raise ValueError(expected_one_of("schedule", name, _SCHEDULES))
+    if name == "wsd":
+        if len(set(steps)) < len(steps) or steps[-1] < max(steps):
+            raise ValueError(
+                f"schedule.branches = {tuple(shorter)}: expected different numbers of tokens, "
+                f"whole batches apart and below tokens = {config['tokens']}"
+            )
+        return branches(config["learning_rate"], steps, **options)
+    if shorter:
+        raise ValueError(f"schedule {name!r} has no branches; expected schedule.name = 'wsd'")
+    return [
+        warmup_cosine(
+            config["learning_rate"],
+            steps[0],
+            options["warmup_fraction"],
+            options["final_fraction"],
+        )
+    ]
+
+
+def _scaling(
+    model: TransformerConfig, rule: str, base_width: int, base_layers: int, base_heads: int
+) -> Scaling:
+    """The size of a model relative to its base; 0 stands for the model's own size."""
+    width = model.width / (base_width or model.width)
+    heads = model.heads / (base_heads or model.heads)
+    return Scaling.of(rule, width, model.layers / (base_layers or model.layers), width / heads)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -94,6 +151,7 @@ def _check(config: Mapping[str, Any]) -> None:
     numbers = {**config, **config["data"]}
     least = {
         "batch_size": 1,
+        "accumulation": 1,
         "sequence_length": 1,
         "evaluation_batches": 1,
         "weight_decay": 0,
@@ -103,156 +161,8 @@ def _check(config: Mapping[str, Any]) -> None:
     for name, lowest in least.items():
         if not lowest <= numbers[name] < 2**32:
             raise ValueError(f"{name} = {numbers[name]}: expected at least {lowest}, below 2**32")
-
-
-class Lab:
-    """Text and compiled programs, shared by all experiments that ask for the same.
-
-    Runs may go on in several threads at once if each uses a single device: programs that span
-    devices wait for one another and must not be interleaved.
-
-    Args:
-        data_dir: where prepared text is kept.
-        devices: what runs may use; all there are if None.
-    """
-
-    def __init__(self, data_dir: Path, devices: Sequence[jax.Device] | None = None):
-        self._data_dir = data_dir
-        self._devices = devices
-        self._datasets: dict[str, TextDataset] = {}
-        self._programs: dict[str, Programs] = {}
-        self._lock = threading.Lock()
-        self._shape_locks: dict[str, threading.Lock] = {}
-        self._compiled: set[str] = set()
-
-    def dataset(self, experiment: Experiment) -> TextDataset:
-        """The prepared text of an experiment."""
-        data = experiment.config["data"]
-        key = hash_of(data)
-        with self._lock:
-            if key not in self._datasets:
-                self._datasets[key] = prepare(
-                    data["source"],
-                    data["sequence_length"],
-                    self._data_dir,
-                    validation_fraction=data["validation_fraction"],
-                    process_index=jax.process_index(),
-                )
-            return self._datasets[key]
-
-    def programs(self, experiment: Experiment) -> Programs:
-        """The jitted programs of an experiment's shape."""
-        config = experiment.config
-        with self._lock:
-            if experiment.shape not in self._programs:
-                task = language_model(experiment.model, experiment.policy)
-                optimizer = adamw(
-                    weight_decay=config["weight_decay"], clip_norm=config["clip_norm"]
-                )
-                mesh = make_mesh(**config["mesh"], devices=self._devices)
-                self._programs[experiment.shape] = make_programs(task, optimizer, mesh)
-            return self._programs[experiment.shape]
-
-    def batches(self, experiment: Experiment) -> tuple[Batches, Batches]:
-        """Training and validation batches of an experiment."""
-        config, dataset = experiment.config, self.dataset(experiment)
-        size = config["batch_size"]
-        return (
-            train_batches(dataset, size, config["seed"]),
-            validation_batches(dataset, size, config["evaluation_batches"]),
-        )
-
-    def compile(self, experiment: Experiment) -> None:
-        """Compiles a shape's programs once, also for threads that meet in an unseen shape."""
-        with self._lock:
-            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
-        with lock:
-            if experiment.shape in self._compiled:
-                return
-            programs = self.programs(experiment)
-            constants = constants_for(experiment.model, experiment.policy)
-            tokens_BS = self.batches(experiment)[0].batch_at(0)
-            batch = jax.device_put(tokens_BS, programs.batch_sharding)
-            state = programs.init_state(jnp.uint32(0))
-            programs.eval_step(state.params, constants, batch)
-            programs.train_step(state, constants, experiment.schedule, batch)
-            self._compiled.add(experiment.shape)
-
-    def run_id(self, experiment: Experiment) -> str:
-        """Identifies config and data."""
-        fingerprint = self.dataset(experiment).fingerprint
-        return hash_of({"config": experiment.config, "data": fingerprint})
-
-    def train(
-        self,
-        experiment: Experiment,
-        *,
-        checkpoints: Checkpoints | None = None,
-        checkpoint_every: int = 0,
-        on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
-    ) -> tuple[TrainingResult, float]:
-        """Trains, from the newest checkpoint if there is one; also returns the seconds it took."""
-        config, programs = experiment.config, self.programs(experiment)
-        seed = jnp.uint32(config["seed"])
-        state = None
-        if checkpoints is not None:
-            abstract = jax.eval_shape(programs.init_state, seed)
-            state = checkpoints.restore(abstract, programs.state_sharding)
-        start = time.perf_counter()
-        result = train(
-            programs,
-            programs.init_state(seed) if state is None else state,
-            constants_for(experiment.model, experiment.policy),
-            experiment.schedule,
-            self.batches(experiment)[0],
-            on_log=on_log,
-            checkpoints=checkpoints,
-            checkpoint_every=checkpoint_every,
-        )
-        return result, time.perf_counter() - start
-
-    def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
-        """Validation loss of each sequence under a policy, which need not be the trained one."""
-        constants = constants_for(experiment.model, policy)
-        batches = self.batches(experiment)[1]
-        return evaluate(self.programs(experiment), params, constants, batches)
-
-    def row(
-        self,
-        experiment: Experiment,
-        result: TrainingResult,
-        wall_s: float,
-        losses: LossesOfSequences,
-    ) -> Row:
-        """The result row of a trained model."""
-        config, model, policy = experiment.config, experiment.model, experiment.policy
-        loss, loss_se = mean_and_standard_error(losses)
-        return Row(
-            run_id=self.run_id(experiment),
-            params=model.params,
-            tokens=experiment.tokens,
-            weight_bits=policy.bits("weights"),
-            activation_bits=policy.bits("activations"),
-            kv_bits=policy.bits("kv_cache"),
-            weight_format=policy.format_name("weights"),
-            activation_format=policy.format_name("activations"),
-            kv_format=policy.format_name("kv_cache"),
-            eval_set=f"{config['data']['source']}/validation",
-            loss=loss,
-            loss_se=loss_se,
-            seed=config["seed"],
-            learning_rate=config["learning_rate"],
-            schedule="cosine",
-            flops=flops.train_flops(
-                experiment.tokens,
-                matrix_params(model),
-                model.layers,
-                model.width,
-                config["data"]["sequence_length"],
-            ),
-            status=result.status,
-            wall_s=wall_s,
-            data_fingerprint=self.dataset(experiment).fingerprint,
-            config_hash=experiment.config_hash,
-            versions=package_versions(),
+    if config["batch_size"] % config["accumulation"]:
+        raise ValueError(
+            f"batch_size = {config['batch_size']} is not a multiple of accumulation = "
+            f"{config['accumulation']}"
         )

@@ -12,7 +12,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from launch.experiment import Experiment, Lab
+from launch.experiment import Experiment
+from launch.lab import Lab
 from launch.main import read_config, run
 from launch.progress import Meter
 from qat.training.checkpoint import Checkpoints, claim

@@ -98,20 +98,25 @@ class Policy:
         weights, int8 activations and an int4 cache; "we4m3ae5m2" mixes floats; "w4g128" has blocks
         of 128; "wmxfp4amxfp8", "wnf4" and "wnvfp4anvfp4" name whole quantizers; 16 means
         unquantized, as in "w4a16"; "none" quantizes nothing; "bitnet" is ternary weights with one
-        mean scale and int8 activations per token (arXiv 2402.17764).
+        mean scale and int8 activations per token (arXiv 2402.17764). After it may follow operands
+        with their quantizers, and a mode: "w8a8, gradients e5m2/token/stochastic, native".
 
         Raises:
-            ValueError: not a shorthand, or an unknown format in it.
+            ValueError: not a shorthand, or an unknown format, operand or mode.
         """
-        if text == "bitnet":
-            spelled = {"w": "ternary/tensor/absmean", "a": "int8/token"}
-        else:
-            spelled = {} if text == "none" else _shorthand_terms(text)
-        for letter in _ALWAYS_PRESENT:
-            spelled.setdefault(letter, f"none/{_OPERANDS[letter][1]}")
+        shorthand, *terms = (part.strip() for part in text.split(","))
         operands: dict[str, Any] = {
-            _OPERANDS[letter][0]: Quantizer.parse(q) for letter, q in spelled.items()
+            _OPERANDS[letter][0]: Quantizer.parse(quantizer)
+            for letter, quantizer in _spelled_operands(shorthand).items()
         }
+        for term in terms:
+            name, _, quantizer = term.partition(" ")
+            if quantizer and name in cls.__dataclass_fields__ and name != "mode":
+                operands[name] = Quantizer.parse(quantizer.strip())
+            elif term in get_args(Mode):
+                operands["mode"] = term
+            else:
+                raise ValueError(_unknown_policy(text, f"{term!r} is neither operand nor mode"))
         return cls(**operands)
 
     def operands(self) -> dict[str, Quantizer | None]:
@@ -250,6 +255,17 @@ def _term(quantizer: Quantizer | None) -> str:
         return str(quantizer)  # a whole quantizer's name
     term = re.sub(r"^int(?!16$)(?=\d+$)", "", quantizer.host_format().name)
     return term + (f"g{quantizer.block_size}" if quantizer.granularity == "block" else "")
+
+
+def _spelled_operands(shorthand: str) -> dict[str, str]:
+    """Operand letter → quantizer, of a whole shorthand."""
+    if shorthand == "bitnet":
+        spelled = {"w": "ternary/tensor/absmean", "a": "int8/token"}
+    else:
+        spelled = {} if shorthand == "none" else _shorthand_terms(shorthand)
+    for letter in _ALWAYS_PRESENT:
+        spelled.setdefault(letter, f"none/{_OPERANDS[letter][1]}")
+    return spelled
 
 
 def _shorthand_terms(text: str) -> dict[str, str]:

@@ -42,6 +42,32 @@ def test_the_formats_of_a_shorthand(text, weights, activations, kv_cache):
         assert policy.bits(operand) == (fmt.bits if fmt.quantizes else 16)
 
 
+def test_what_a_shorthand_cannot_say_follows_after_commas():
+    policy = Policy.parse("w4a8, gradients e5m2/token/stochastic, weights int4/channel/mse, native")
+    assert policy == Policy(
+        weights=Quantizer("int4", "channel", scale="mse"),
+        activations=Quantizer("int8", "tensor"),
+        kv_cache=Quantizer("none", "token"),
+        gradients=Quantizer("e5m2", "token", rounding="stochastic"),
+        mode="native",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w8a8, nativ", "'nativ' is neither operand nor mode"),
+        ("w8a8, grads int8", "'grads int8' is neither"),
+        ("w8a8, mode fake", "'mode fake' is neither"),
+        ("w8a8, gradients int9x", "int9x"),
+        ("w8a8,", "'' is neither"),
+    ],
+)
+def test_what_follows_after_commas_is_checked(text, message):
+    with pytest.raises(ValueError, match=message):
+        Policy.parse(text)
+
+
 @pytest.mark.parametrize(
     ("text", "canonical"),
     [

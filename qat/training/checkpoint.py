@@ -76,7 +76,7 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     if marker.exists():
         if marker.read_text() != text:
             raise ValueError(
-                f"workdir {workdir} belongs to another run ({_difference(marker, config)}); "
+                f"workdir {workdir} belongs to another run ({_difference(marker, text)}); "
                 "choose another workdir or the same configuration"
             )
         return
@@ -85,13 +85,13 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     write_whole(marker, text)
 
 
-def _difference(marker: Path, config: dict[str, Any]) -> str:
+def _difference(marker: Path, text: str) -> str:
     """The first setting in which two configurations differ."""
     try:
         there = _flat(json.loads(marker.read_text()))
     except json.JSONDecodeError:
         return "its config.json is damaged"
-    here = _flat(config)
+    here = _flat(json.loads(text))
     for key in sorted({*there, *here}):
         if there.get(key) != here.get(key):
             return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"

@@ -12,7 +12,8 @@ from absl import flags
 from configs import demo as demo_config
 from configs import experiment, tiny
 from launch import demo
-from launch.experiment import Experiment, Lab
+from launch.experiment import Experiment
+from launch.lab import Lab
 from qat.training.results import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +133,7 @@ def test_training_writes_a_row_once(corpus, tmp_path):
         ({"model": {"heads": 0}}, "heads = 0: expected at least 1"),
         ({"model": {"layers": 0}}, "layers = 0: expected at least 1"),
         ({"model": {"mlp_width": -8}}, "mlp_width = -8"),
-        ({"model": {"dtype": "float33"}}, "dtype = 'float33': expected one of float32"),
+        ({"model": {"dtype": "float33"}}, "dtype 'float33': expected one of float32"),
     ],
 )
 def test_an_experiment_checks_its_config(corpus, changes, message):

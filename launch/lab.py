@@ -1,0 +1,184 @@
+"""What experiments share: prepared text, and the compiled programs of each shape."""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch.experiment import Experiment
+from models.task import constants_for, language_model, matrix_params
+from qat.policy import Policy
+from qat.training import flops
+from qat.training.checkpoint import Checkpoints
+from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
+from qat.training.loop import TrainingResult, train
+from qat.training.optimizer import adamw
+from qat.training.results import Row, hash_of, package_versions
+from qat.training.sharding import make_mesh
+from qat.training.step import Metrics, Programs, evaluate, make_programs, mean_and_standard_error
+
+LossesOfSequences = np.ndarray
+
+
+class Lab:
+    """Text and compiled programs, shared by all experiments that ask for the same.
+
+    Runs may go on in several threads at once if each uses a single device: programs that span
+    devices wait for one another and must not be interleaved.
+
+    Args:
+        data_dir: where prepared text is kept.
+        devices: what runs may use; all there are if None.
+    """
+
+    def __init__(self, data_dir: Path, devices: Sequence[jax.Device] | None = None):
+        self._data_dir = data_dir
+        self._devices = devices
+        self._datasets: dict[str, TextDataset] = {}
+        self._programs: dict[str, Programs] = {}
+        self._lock = threading.Lock()
+        self._shape_locks: dict[str, threading.Lock] = {}
+        self._compiled: set[str] = set()
+
+    def dataset(self, experiment: Experiment) -> TextDataset:
+        """The prepared text of an experiment."""
+        data = experiment.config["data"]
+        key = hash_of(data)
+        with self._lock:
+            if key not in self._datasets:
+                self._datasets[key] = prepare(
+                    data["source"],
+                    data["sequence_length"],
+                    self._data_dir,
+                    validation_fraction=data["validation_fraction"],
+                    process_index=jax.process_index(),
+                )
+            return self._datasets[key]
+
+    def programs(self, experiment: Experiment) -> Programs:
+        """The jitted programs of an experiment's shape."""
+        config = experiment.config
+        with self._lock:
+            if experiment.shape not in self._programs:
+                task = language_model(experiment.model, experiment.policy, experiment.scaling)
+                optimizer = adamw(
+                    weight_decay=config["weight_decay"],
+                    clip_norm=config["clip_norm"],
+                    not_decayed=config["not_decayed"],
+                    rates=functools.partial(experiment.scaling.rates, axes=task.axes),
+                )
+                mesh = make_mesh(**config["mesh"], devices=self._devices)
+                self._programs[experiment.shape] = make_programs(
+                    task, optimizer, mesh, config["accumulation"]
+                )
+            return self._programs[experiment.shape]
+
+    def batches(self, experiment: Experiment) -> tuple[Batches, Batches]:
+        """Training and validation batches of an experiment."""
+        config, dataset = experiment.config, self.dataset(experiment)
+        size = config["batch_size"]
+        return (
+            train_batches(dataset, size, config["seed"]),
+            validation_batches(dataset, size, config["evaluation_batches"]),
+        )
+
+    def compile(self, experiment: Experiment) -> None:
+        """Compiles a shape's programs once, also for threads that meet in an unseen shape."""
+        with self._lock:
+            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
+        with lock:
+            if experiment.shape in self._compiled:
+                return
+            programs = self.programs(experiment)
+            constants = constants_for(experiment.model, experiment.policy)
+            tokens_BS = self.batches(experiment)[0].batch_at(0)
+            batch = jax.device_put(tokens_BS, programs.batch_sharding)
+            state = programs.init_state(jnp.uint32(0))
+            programs.eval_step(state.params, constants, batch)
+            programs.train_step(state, constants, experiment.schedule, batch)
+            self._compiled.add(experiment.shape)
+
+    def run_id(self, experiment: Experiment) -> str:
+        """Identifies config and data."""
+        fingerprint = self.dataset(experiment).fingerprint
+        return hash_of({"config": experiment.config, "data": fingerprint})
+
+    def train(
+        self,
+        experiment: Experiment,
+        *,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 0,
+        on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    ) -> tuple[TrainingResult, float]:
+        """Trains, from the newest checkpoint if there is one; also returns the seconds it took."""
+        config, programs = experiment.config, self.programs(experiment)
+        seed = jnp.uint32(config["seed"])
+        state = None
+        if checkpoints is not None:
+            abstract = jax.eval_shape(programs.init_state, seed)
+            state = checkpoints.restore(abstract, programs.state_sharding)
+        start = time.perf_counter()
+        result = train(
+            programs,
+            programs.init_state(seed) if state is None else state,
+            constants_for(experiment.model, experiment.policy),
+            experiment.schedule,
+            self.batches(experiment)[0],
+            on_log=on_log,
+            checkpoints=checkpoints,
+            checkpoint_every=checkpoint_every,
+        )
+        return result, time.perf_counter() - start
+
+    def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
+        """Validation loss of each sequence under a policy, which need not be the trained one."""
+        constants = constants_for(experiment.model, policy)
+        batches = self.batches(experiment)[1]
+        return evaluate(self.programs(experiment), params, constants, batches)
+
+    def row(
+        self,
+        experiment: Experiment,
+        result: TrainingResult,
+        wall_s: float,
+        losses: LossesOfSequences,
+    ) -> Row:
+        """The result row of a trained model."""
+        config, model, policy = experiment.config, experiment.model, experiment.policy
+        loss, loss_se = mean_and_standard_error(losses)
+        return Row(
+            run_id=self.run_id(experiment),
+            params=model.params,
+            tokens=experiment.tokens,
+            weight_bits=policy.bits("weights"),
+            activation_bits=policy.bits("activations"),
+            kv_bits=policy.bits("kv_cache"),
+            weight_format=policy.format_name("weights"),
+            activation_format=policy.format_name("activations"),
+            kv_format=policy.format_name("kv_cache"),
+            eval_set=f"{config['data']['source']}/validation",
+            loss=loss,
+            loss_se=loss_se,
+            seed=config["seed"],
+            learning_rate=config["learning_rate"],
+            schedule=config["schedule"]["name"],
+            flops=flops.train_flops(
+                experiment.tokens,
+                matrix_params(model),
+                model.layers,
+                model.width,
+                config["data"]["sequence_length"],
+            ),
+            status=result.status,
+            wall_s=wall_s,
+            data_fingerprint=self.dataset(experiment).fingerprint,
+            config_hash=experiment.config_hash,
+            versions=package_versions(),
+        )
