@@ -42,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.mlp_width = 0
     config.model.rope_base = 10_000.0
     config.model.dtype = "float32"
+    config.model.unroll = 8  # at most
     config.model.remat = "none"
 
     config.data = ml_collections.ConfigDict()  # see qat.training.data.prepare

@@ -1,40 +1,63 @@
-"""Measures what quantization costs on this machine.
+"""Measures what quantization costs on this machine, and how fast it trains.
 
     python -m launch.benchmark --suite=layers --json=runs/layers.json
+    python -m launch.benchmark --suite=training --model=small --model=large
+    python -m launch.benchmark --suite=training --model=micro --one_core
 
 The suite "layers" trains two small models at several precisions with our layers, with Qwix and
 with AQT, side by side, and prints times as ratios to plain Flax. Qwix and AQT are measured where
-they are installed: `pip install '.[bench]'`. It takes about ten minutes on two cores, which should
-have nothing else to do.
+they are installed: `pip install '.[bench]'`. It takes about ten minutes on two cores.
+
+The suite "training" compares train steps of our transformer with the machine's own matrix product,
+all cores together or one alone, as sweeps of small models run.
+
+The machine should have nothing else to do.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
 from absl import flags
 
 from launch import cpu
-from launch.benchmarks import layers
+from launch.benchmarks import layers, training
 from launch.benchmarks.contenders import SCHEMES
 from launch.benchmarks.models import WORKLOADS
 from launch.main import run
+from qat.spelling import expected_one_of
 from qat.training.results import package_versions
 
 
 def _layers() -> list[layers.Row]:
-    models, schemes = _MODEL.value or list(WORKLOADS), _SCHEME.value or list(SCHEMES)
-    return layers.run(models, schemes, _ROUNDS.value)
+    return layers.run(_models(WORKLOADS), _SCHEME.value or list(SCHEMES), _ROUNDS.value)
 
 
-SUITES: dict[str, Callable[[], list[layers.Row]]] = {"layers": _layers}
+def _training() -> list[layers.Row]:
+    return training.run(_models(training.SHAPES), _ROUNDS.value)
+
+
+def _models(known: Iterable[str]) -> list[str]:
+    """Those asked for, or all of the suite.
+
+    Raises:
+        ValueError: the suite has no such model.
+    """
+    for name in _MODEL.value or []:
+        if name not in known:
+            raise ValueError(expected_one_of("model", name, known))
+    return list(_MODEL.value or known)
+
+
+SUITES: dict[str, Callable[[], list[layers.Row]]] = {"layers": _layers, "training": _training}
 
 _SUITE = flags.DEFINE_enum("suite", "layers", list(SUITES), "What to measure.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows; it must not exist.")
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "How often each program is timed.", lower_bound=1)
-_MODEL = flags.DEFINE_multi_enum("model", None, list(WORKLOADS), "Only this model; repeatable.")
+_MODEL = flags.DEFINE_multi_string("model", None, "Only this model of the suite; repeatable.")
 _SCHEME = flags.DEFINE_multi_enum("scheme", None, list(SCHEMES), "Only this scheme; repeatable.")
+_ONE_CORE = flags.DEFINE_bool("one_core", False, "Run every program on one core.")
 
 
 def main(argv: list[str]) -> None:
@@ -45,9 +68,12 @@ def main(argv: list[str]) -> None:
         if path.exists():
             raise ValueError(f"--json={path}: it exists already; name a new file")
         path.parent.mkdir(parents=True, exist_ok=True)
+    if _ONE_CORE.value:
+        cpu.one_thread_per_run()
     rows = SUITES[_SUITE.value]()
     if path is not None:
-        common = {"suite": _SUITE.value, "cores": cpu.cores(), "versions": _versions()}
+        cores = 1 if _ONE_CORE.value else cpu.cores()
+        common = {"suite": _SUITE.value, "cores": cores, "versions": _versions()}
         path.write_text(json.dumps([{**common, **row} for row in rows], indent=1) + "\n")
         print(f"\n{len(rows)} rows in {path}")
 

@@ -7,15 +7,18 @@ keys and values come out of one projection, ordered by key-value head, so that s
 over devices keeps each group together.
 
 Shapes: B batch, T new tokens, S tokens attended to, D width, K key-value heads, G queries per
-key-value head, C channels of a head.
+key-value head, R = G · T rows of queries of a key-value head, C channels of a head.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import qat.nnx
@@ -38,6 +41,41 @@ class Cache:
     v_BSKC: Float[Array, "*L B S K C"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Where T tokens stand, and the rotations of their queries and keys.
+
+    Attributes:
+        index_T: how many tokens came before each.
+        cos_TC: cosine of the angle of each pair of channels; C counts pairs.
+        sin_TC: sine of the same angles.
+    """
+
+    index_T: Int[Array, " T"]
+    cos_TC: Float[Array, "T C"]
+    sin_TC: Float[Array, "T C"]
+
+    @classmethod
+    def of(
+        cls, start: Int[Array, ""], tokens: int, longest: int, channels: int, base: float
+    ) -> "Positions":
+        """Those of `tokens` from `start` on, for heads with this many channels.
+
+        The rotations of all positions below `longest` are constants of the program: XLA on CPU
+        would compute traced ones again for every sequence and head.
+        """
+        half = channels // 2
+        frequency_C = base ** (-np.arange(half) / half)
+        angle_SC = np.arange(longest)[:, None] * frequency_C[None, :]
+
+        def window(table_SC: np.ndarray) -> Array:
+            return jax.lax.dynamic_slice_in_dim(jnp.float32(table_SC), start, tokens)
+
+        index_T = start + jnp.arange(tokens)
+        return cls(index_T, window(np.cos(angle_SC)), window(np.sin(angle_SC)))
+
+
 class Attention(nnx.Module):
     """Projections, rotation, quantized cache, attention, normed output projection."""
 
@@ -46,7 +84,6 @@ class Attention(nnx.Module):
         width: int,
         heads: int,
         kv_heads: int,
-        rope_base: float,
         scale: float,
         dtype: jnp.dtype,
         rules: Rules,
@@ -54,7 +91,6 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.group = heads // kv_heads
-        self.rope_base = rope_base
         self.scale = scale
         cache_policy = rules.policy_for(f"{path}/cache")
         self.qkv = qat.nnx.LinearGeneral(
@@ -79,37 +115,35 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], position: Int[Array, ""], cache: Cache | None
+        self, x_BTD: Float[Array, "B T D"], positions: Positions, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Attends from T new tokens at `position` onwards to themselves and the cache.
+        """Attends from T new tokens to themselves and those of the cache before them.
 
         Args:
             x_BTD: normed inputs.
-            position: how many tokens came before.
+            positions: of the tokens.
             cache: None to attend within the T tokens alone.
 
         Returns:
-            The block's update, and the cache with the new tokens written at `position`.
+            The block's update, and the cache with the new tokens written at their positions.
         """
         qkv_BTKNC = constrain(self.qkv(x_BTD), "batch", None, "heads", None, None)
-        q_BTKGC = qkv_BTKNC[..., : self.group, :]
-        k_BTKC, v_BTKC = qkv_BTKNC[..., self.group, :], qkv_BTKNC[..., self.group + 1, :]
-        positions_T = position + jnp.arange(x_BTD.shape[1])
-        q_BTKGC = rotate(q_BTKGC, positions_T, self.rope_base)
-        k_BTKC = rotate(k_BTKC, positions_T, self.rope_base)
+        q_BTKGC, k_BTK1C, v_BTK1C = jnp.split(qkv_BTKNC, (self.group, self.group + 1), axis=3)
+        q_BTKGC = rotate(q_BTKGC, positions)
+        k_BTKC, v_BTKC = rotate(k_BTK1C, positions)[..., 0, :], v_BTK1C[..., 0, :]
         if self.queries is not None:
             q_BTKGC = self.queries(q_BTKGC)
         if self.cache is not None:
             k_BTKC, v_BTKC = self.cache(k_BTKC), self.cache(v_BTKC)
         if cache is None:
-            k_BSKC, v_BSKC, positions_S = k_BTKC, v_BTKC, positions_T
+            k_BSKC, v_BSKC, positions_S = k_BTKC, v_BTKC, positions.index_T
         else:
-            start = (0, position, 0, 0)
+            start = (0, positions.index_T[0], 0, 0)
             k_BSKC = jax.lax.dynamic_update_slice(cache.k_BSKC, k_BTKC, start)
             v_BSKC = jax.lax.dynamic_update_slice(cache.v_BSKC, v_BTKC, start)
             cache = Cache(k_BSKC, v_BSKC)
             positions_S = jnp.arange(k_BSKC.shape[1])
-        visible_TS = positions_T[:, None] >= positions_S[None, :]
+        visible_TS = positions.index_T[:, None] >= positions_S[None, :]
         mixed_BTKGC = attend(q_BTKGC * self.scale, k_BSKC, v_BSKC, visible_TS, self.probabilities)
         return self.out(self.norm(mixed_BTKGC.reshape(x_BTD.shape))), cache
 
@@ -125,15 +159,64 @@ def attend(
 
     `quantize` rounds the probabilities.
     """
-    scores_BKGTS = jnp.einsum(
-        "btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
-    )
-    lowest = jnp.finfo(jnp.float32).min
-    scores_BKGTS = jnp.where(visible_TS[None, None, None], scores_BKGTS, lowest)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKC.dtype)
+    batch, tokens, kv_heads, group, channels = q_BTKGC.shape
+    q_BKRC = q_BTKGC.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * tokens, channels)
+    k_BKSC, v_BKSC = k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
+    visible_RS = jnp.tile(visible_TS, (group, 1))
+    weights_BKRS = probabilities(q_BKRC, k_BKSC, visible_RS).astype(v_BSKC.dtype)
     if quantize is not None:
-        weights_BKGTS = quantize(weights_BKGTS)
-    return jnp.einsum("bkgts,bskc->btkgc", weights_BKGTS, v_BSKC)
+        weights_BKRS = quantize(weights_BKRS)
+    mixed_BKRC = _contract(weights_BKRS, v_BKSC, 3, 2)
+    mixed_BKGTC = mixed_BKRC.reshape(batch, kv_heads, group, tokens, channels)
+    return mixed_BKGTC.transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def probabilities(
+    q_BKRC: Float[Array, "B K R C"], k_BKSC: Float[Array, "B K S C"], visible_RS: Array
+) -> Float[Array, "B K R S"]:
+    """Softmax over the visible keys of queries times keys, float32.
+
+    Its backward pass is written out because the derived one is several times slower on CPU: it
+    transposes arrays of R × S and computes a product twice.
+    """
+    scores_BKRS = _contract(q_BKRC, k_BKSC, 3, 3, jnp.float32)
+    scores_BKRS = jnp.where(visible_RS[None, None], scores_BKRS, jnp.finfo(jnp.float32).min)
+    exponentials_BKRS = jnp.exp(scores_BKRS - scores_BKRS.max(axis=-1, keepdims=True))
+    return exponentials_BKRS * (1 / exponentials_BKRS.sum(axis=-1, keepdims=True))
+
+
+def _probabilities_fwd(q_BKRC: Array, k_BKSC: Array, visible_RS: Array) -> tuple[Array, Any]:
+    weights_BKRS = probabilities(q_BKRC, k_BKSC, visible_RS)
+    return weights_BKRS, (q_BKRC, k_BKSC, weights_BKRS)
+
+
+def _probabilities_bwd(residuals: Any, g_BKRS: Array) -> tuple[Array, Array, None]:
+    q_BKRC, k_BKSC, weights_BKRS = residuals
+    mean_BKR1 = (weights_BKRS * g_BKRS).sum(axis=-1, keepdims=True)
+    dscores_BKRS = (weights_BKRS * (g_BKRS - mean_BKR1)).astype(q_BKRC.dtype)
+    return _contract(dscores_BKRS, k_BKSC, 3, 2), _contract(dscores_BKRS, q_BKRC, 2, 2), None
+
+
+probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
+
+
+def _contract(
+    lhs: Array, rhs: Array, lhs_axis: int, rhs_axis: int, dtype: DTypeLike | None = None
+) -> Array:
+    """Contracts one axis of each, for every sequence and head."""
+    if lhs.shape[1] == 1:  # XLA on CPU copies arrays that have a batch axis of one
+        product = _batched(lhs[:, 0], rhs[:, 0], lhs_axis - 1, rhs_axis - 1, 1, dtype)
+        return product[:, None]
+    return _batched(lhs, rhs, lhs_axis, rhs_axis, 2, dtype)
+
+
+def _batched(
+    lhs: Array, rhs: Array, lhs_axis: int, rhs_axis: int, batch: int, dtype: DTypeLike | None
+) -> Array:
+    axes = tuple(range(batch))
+    numbers = (((lhs_axis,), (rhs_axis,)), (axes, axes))
+    return jax.lax.dot_general(lhs, rhs, numbers, preferred_element_type=dtype)
 
 
 def _fake_quant(policy: Policy | None, operand: str) -> qat.nnx.FakeQuant | None:
@@ -142,14 +225,9 @@ def _fake_quant(policy: Policy | None, operand: str) -> qat.nnx.FakeQuant | None
     return qat.nnx.FakeQuant(policy, operand) if policy is not None and named else None
 
 
-def rotate(
-    x: Float[Array, "B T *heads C"], positions_T: Int[Array, " T"], base: float
-) -> Float[Array, "B T *heads C"]:
+def rotate(x: Float[Array, "B T *heads C"], positions: Positions) -> Float[Array, "B T *heads C"]:
     """Rotary position embedding (Su et al., arXiv 2104.09864), channels paired by halves."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_TC = positions_T[:, None].astype(jnp.float32) * frequency[None, :]
-    shape = (1, x.shape[1], *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angle_TC).reshape(shape), jnp.sin(angle_TC).reshape(shape)
+    shape = (1, x.shape[1], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cos, sin = positions.cos_TC.reshape(shape), positions.sin_TC.reshape(shape)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

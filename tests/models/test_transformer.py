@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import qat.nnx
-from models.attention import attend, rotate
+from models.attention import Positions, attend, rotate
 from models.transformer import Transformer, TransformerConfig, split
 from qat.policy import Policy, Rules
 from qat.quantizer import Quantizer
@@ -168,14 +168,16 @@ def test_attention_equals_repeated_heads_in_numpy():
 def test_rotation_keeps_norms_and_sees_relative_positions_alone():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3, 8)), jnp.float32)
     q, k = x, x[:, ::-1]
-    positions = jnp.arange(7)
+    at = lambda start: Positions.of(jnp.int32(start), 7, 12, 8, 10_000.0)  # noqa: E731
 
     def scores(shift):
-        turned = (rotate(a, positions + shift, 10_000.0) for a in (q, k))
+        turned = (rotate(a, at(shift)) for a in (q, k))
         return jnp.einsum("bthc,bshc->bhts", *turned)
 
-    np.testing.assert_array_equal(rotate(x, jnp.zeros(7, jnp.int32), 10_000.0), x)
-    turned = rotate(x, positions, 10_000.0)
+    np.testing.assert_array_equal(
+        rotate(x[:, :1], Positions.of(jnp.int32(0), 1, 1, 8, 1e4)), x[:, :1]
+    )
+    turned = rotate(x, at(0))
     np.testing.assert_allclose(
         jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
     )
