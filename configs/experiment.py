@@ -46,7 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = "none"
 
     config.data = ml_collections.ConfigDict()  # see qat.training.data.prepare
-    config.data.source = "stdlib"
+    config.data.source = "stdlib"  # folder:PATH, jsonl:PATH or tfds:NAME, see sources.parse_source
+    config.data.tokenizer = "bytes"  # bpe:8192 learns one; or the path of a tokenizer.json
     config.data.sequence_length = 64  # tokens
     config.data.validation_fraction = 0.05
 

@@ -2,7 +2,7 @@
 
 Command: python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
 Cost: about 10 seconds of training on 2 cores (1 million tokens, D/N = 43).
-Expected: validation loss 1.618 ± 0.011 nats per byte (Python 3.11 standard library).
+Expected: validation loss 1.815 ± 0.012 nats per byte (Python 3.11 standard library).
 """
 
 import ml_collections

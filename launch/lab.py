@@ -1,5 +1,6 @@
 """What experiments share: prepared text, and the compiled programs of each shape."""
 
+import dataclasses
 import functools
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 
 from launch.experiment import Experiment
 from models.task import constants_for, language_model, matrix_params
+from models.transformer import TransformerConfig
 from qat.policy import Policy
 from qat.training import flops
 from qat.training.checkpoint import Checkpoints
@@ -56,17 +58,24 @@ class Lab:
                     data["source"],
                     data["sequence_length"],
                     self._data_dir,
+                    tokenizer=data["tokenizer"],
                     validation_fraction=data["validation_fraction"],
                     process_index=jax.process_index(),
+                    on_progress=functools.partial(print, flush=True),
                 )
             return self._datasets[key]
 
+    def model(self, experiment: Experiment) -> TransformerConfig:
+        """The shape of an experiment's model, with the vocabulary of its data."""
+        vocabulary = self.dataset(experiment).vocabulary_size
+        return dataclasses.replace(experiment.model, vocabulary=vocabulary)
+
     def programs(self, experiment: Experiment) -> Programs:
         """The jitted programs of an experiment's shape."""
-        config = experiment.config
+        config, model = experiment.config, self.model(experiment)
         with self._lock:
             if experiment.shape not in self._programs:
-                task = language_model(experiment.model, experiment.policy, experiment.scaling)
+                task = language_model(model, experiment.policy, experiment.scaling)
                 optimizer = adamw(
                     weight_decay=config["weight_decay"],
                     clip_norm=config["clip_norm"],
@@ -96,7 +105,7 @@ class Lab:
             if experiment.shape in self._compiled:
                 return
             programs = self.programs(experiment)
-            constants = constants_for(experiment.model, experiment.policy)
+            constants = constants_for(self.model(experiment), experiment.policy)
             tokens_BS = self.batches(experiment)[0].batch_at(0)
             batch = jax.device_put(tokens_BS, programs.batch_sharding)
             state = programs.init_state(jnp.uint32(0))
@@ -128,7 +137,7 @@ class Lab:
         result = train(
             programs,
             programs.init_state(seed) if state is None else state,
-            constants_for(experiment.model, experiment.policy),
+            constants_for(self.model(experiment), experiment.policy),
             experiment.schedule,
             self.batches(experiment)[0],
             on_log=on_log,
@@ -139,7 +148,7 @@ class Lab:
 
     def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
         """Validation loss of each sequence under a policy, which need not be the trained one."""
-        constants = constants_for(experiment.model, policy)
+        constants = constants_for(self.model(experiment), policy)
         batches = self.batches(experiment)[1]
         return evaluate(self.programs(experiment), params, constants, batches)
 
@@ -151,7 +160,7 @@ class Lab:
         losses: LossesOfSequences,
     ) -> Row:
         """The result row of a trained model."""
-        config, model, policy = experiment.config, experiment.model, experiment.policy
+        config, model, policy = experiment.config, self.model(experiment), experiment.policy
         loss, loss_se = mean_and_standard_error(losses)
         return Row(
             run_id=self.run_id(experiment),

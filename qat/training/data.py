@@ -1,34 +1,49 @@
-"""Batches of text: a pure function of (seed, step).
+"""Batches of text: a pure function of (seed, step, row).
 
 `prepare` reads a source of documents, packs it once into a TFDS dataset and returns its windows.
 A window is S = T + 1 tokens: T inputs and, shifted by one, their T targets. Windows do not
 overlap, every document is followed by a separator, and attention may look across it, as is usual
-in pretraining. The dataset's directory is named after source, sequence length and corpus
-fingerprint, so a changed corpus is another dataset and never a stale one; the price is reading
-the source at every start (0.1 s for the standard library). `load` does without the source.
+in pretraining. Documents are packed in the order they are read, so that a corpus may be larger
+than memory; windows are drawn in shuffled order, for training and for validation. The dataset's
+directory is named after source, sequence length, contents, tokenizer and split, so a changed
+corpus is another dataset and never a stale one. `load` does without the source.
 
 `train_batches` shuffles with grain: an index permutation per epoch, computed and not stored, so
-any step can be had at once and resuming is exact. Of P processes, process p holds rows p, p + P,
-p + 2P, … of the batch that a single process would hold: the batch of a step does not depend on P,
-and a run may resume on another number of hosts. grain handles indices, NumPy gathers the rows of
-a batch at once; 32 windows of 129 tokens take 0.3 ms, so nothing is prefetched.
+any step can be had at once and resuming is exact. Row r of the batch of a step is element
+`step · batch_size + r` of the shuffled windows, however many processes there are; each asks for
+the rows it needs, and a run may resume on another number of hosts. 32 windows of 129 tokens take
+0.3 ms, so nothing is prefetched.
 
 TFDS is imported when `prepare` or `load` runs, not with this module.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, UInt
 
-from qat.training import corpus
+from qat.training import corpus, sources
+from qat.training.tokenizer import Recipe, Tokenizer, from_json, parse_tokenizer
 
-# B: windows of one process's part of a batch; N: windows of a side of the split;
-# S = T + 1: tokens of a window, T inputs and their T targets.
+if TYPE_CHECKING:
+    from qat.training.packed_text import Rows
+
+# B: windows of a batch, or of the rows asked for; N: windows of a side of the split;
+# S = T + 1: tokens of a window, T inputs and their T targets; M: tokens of a document.
+
+SAMPLE_CHARACTERS = 100_000_000  # that a tokenizer is learned from
+
+_ENCODED_AT_ONCE = 256  # documents
+_SECONDS_BETWEEN_REPORTS = 15.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,19 +51,21 @@ class Windows:
     """One side of the split, packed.
 
     Attributes:
-        records: token ids, uint8, shape (N, T + 1), in packing order.
+        records: ``records[rows_B]`` are token ids, unsigned integers of shape (B, T + 1);
+            an array of shape (N, T + 1), or on disk if that is larger than a gigabyte.
         documents: how many documents they were packed from.
         dropped_tokens: how many tokens followed the last whole window, and are left out.
     """
 
-    records: UInt8[np.ndarray, "N S"]
+    records: "Rows"
     documents: int
     dropped_tokens: int
 
     @property
     def tokens(self) -> int:
         """Tokens that one pass trains or evaluates on: N·T targets."""
-        return self.records[:, 1:].size
+        windows, tokens = self.records.shape
+        return windows * (tokens - 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,9 +75,8 @@ class TextDataset:
     Attributes:
         directory: where it is stored.
         source: name of the source it was prepared from.
-        fingerprint: identifies contents, tokenizer and split; goes into every result.
-        tokenizer: name of the tokenizer.
-        vocabulary_size: ids are in [0, vocabulary_size).
+        fingerprint: identifies contents, token ids and split; goes into every result.
+        tokenizer: decodes windows.
         sequence_length: T.
         validation_fraction: share of the documents' hashes that mean validation.
         train: windows to train on.
@@ -72,14 +88,18 @@ class TextDataset:
     directory: Path
     source: str
     fingerprint: str
-    tokenizer: str
-    vocabulary_size: int
+    tokenizer: Tokenizer
     sequence_length: int
     validation_fraction: float
     train: Windows
     validation: Windows
     unreadable_documents: int
     empty_documents: int
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids are in [0, vocabulary_size)."""
+        return self.tokenizer.vocabulary_size
 
     def epochs(self, tokens: int) -> float:
         """Passes over the training windows that a budget of training tokens takes."""
@@ -91,89 +111,94 @@ class Batches:
     """Batches by step.
 
     Attributes:
-        dataset: grain dataset whose element `step` is the batch of that step.
-        start_step: where every iteration starts.
+        records: see `Windows`.
+        order: grain dataset of window indices, a batch after the other.
+        batch_size: windows in a batch of the whole job.
     """
 
-    dataset: grain.MapDataset
-    start_step: int = 0
+    records: "Rows"
+    order: grain.MapDataset
+    batch_size: int
 
-    def batch_at(self, step: int) -> Int32[np.ndarray, "B S"]:
-        """The batch of a step: token ids, int32, shape (B, T + 1).
+    def batch_at(self, step: int, rows: slice = slice(None)) -> Int32[np.ndarray, "B S"]:
+        """Rows of the batch of a step: token ids, int32, shape (B, T + 1).
+
+        Args:
+            step: counted from 0.
+            rows: which of the `batch_size` rows; all if not given.
 
         Raises:
             IndexError: there is no such step.
         """
-        if not 0 <= step < len(self.dataset):
-            raise IndexError(f"step {step} is not in [0, {len(self.dataset)})")
-        return np.asarray(self.dataset[step])
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} is not in [0, {len(self)})")
+        first = step * self.batch_size
+        windows = [self.order[first + row] for row in range(self.batch_size)[rows]]
+        return self.records[np.asarray(windows, np.int64)].astype(np.int32)
 
     def __len__(self) -> int:
         """Number of steps, counted from 0; practically endless for training."""
-        return len(self.dataset)
+        return len(self.order) // self.batch_size
 
     def __iter__(self) -> Iterator[Int32[np.ndarray, "B S"]]:
-        return map(self.batch_at, range(self.start_step, len(self)))
+        return map(self.batch_at, range(len(self)))
 
 
 def prepare(
-    source: str | corpus.Source = "stdlib",
+    source: str | sources.Source = "stdlib",
     sequence_length: int = 128,
     data_dir: str | Path | None = None,
     *,
-    tokenizer: corpus.Tokenizer = corpus.BYTES,
+    tokenizer: str = "bytes",
     validation_fraction: float = 0.05,
     process_index: int = 0,
     wait_seconds: float = 600.0,
+    on_progress: Callable[[str], None] = lambda line: None,
 ) -> TextDataset:
     """Packs a corpus, once per contents, and opens the result.
 
     In a job of several processes each calls this; process 0 writes and the others wait for its
     result in `data_dir`, which they must share. Processes that read different documents (with
-    another Python's standard library, say) wait in vain, and fail.
+    another Python's standard library, say) wait in vain, and fail. A corpus that takes longer
+    than `wait_seconds` is better prepared beforehand by one process.
 
     Args:
-        source: see `corpus.parse_source`; or a `corpus.Source`.
+        source: see `sources.parse_source`; or a `sources.Source`.
         sequence_length: T, tokens.
         data_dir: where prepared datasets are kept and "tfds:" sources are found; None is TFDS's
             default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
-        tokenizer: text to ids.
-        validation_fraction: see `corpus.split`.
+        tokenizer: see `tokenizer.parse_tokenizer`; one of the corpus is learned from the training
+            documents, a sample of `SAMPLE_CHARACTERS` if they have more.
+        validation_fraction: see `corpus.is_validation`; in (0, 1).
         process_index: of this process in the job.
         wait_seconds: how long the other processes wait for process 0.
+        on_progress: called with a line now and then when preparation takes long.
 
     Raises:
-        FileNotFoundError: the folder or dataset of the source does not exist.
+        FileNotFoundError: the folder, file or dataset of the source does not exist.
         TimeoutError: process 0 did not deliver.
-        ValueError: a bad argument, no text, or a side of the split shorter than one window.
+        ValueError: a bad argument, a damaged source, no text, too little text for the tokenizer,
+            or a side of the split shorter than one window.
     """
     from qat.training import packed_text
 
     if sequence_length < 1:
         raise ValueError(f"sequence_length {sequence_length} is not at least 1")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction {validation_fraction} is not in (0, 1)")
     if isinstance(source, str):
-        source = corpus.parse_source(source, data_dir)
-    documents = corpus.read_corpus(source)
-    fingerprint = corpus.fingerprint(documents, tokenizer, validation_fraction)
+        source = sources.parse_source(source, data_dir)
+    recipe = parse_tokenizer(tokenizer)
+    told = _telling("read", source, on_progress)
+    surveyed = corpus.survey(told, packed_text.root(data_dir) / "surveys")
+    key = _hash(surveyed, recipe, validation_fraction)
     name = re.sub(r"[^A-Za-z0-9]+", "-", source.name).strip("-")[-80:]
-    path = packed_text.directory(data_dir, f"{name}-t{sequence_length}-{fingerprint}")
+    path = packed_text.directory(data_dir, f"{name}-t{sequence_length}-{key}")
     if not packed_text.is_prepared(path):
-        train, validation = corpus.split(documents, validation_fraction)
-        dataset = TextDataset(
-            directory=path,
-            source=source.name,
-            fingerprint=fingerprint,
-            tokenizer=tokenizer.name,
-            vocabulary_size=tokenizer.vocabulary_size,
-            sequence_length=sequence_length,
-            validation_fraction=validation_fraction,
-            train=_pack(train, tokenizer, sequence_length, "train"),
-            validation=_pack(validation, tokenizer, sequence_length, "validation"),
-            unreadable_documents=documents.unreadable,
-            empty_documents=documents.empty,
-        )
         if process_index == 0:
-            _write(dataset)
+            _prepare(
+                path, source, surveyed, recipe, sequence_length, validation_fraction, on_progress
+            )
         else:
             packed_text.wait(path, wait_seconds)
     return load(path)
@@ -188,83 +213,59 @@ def load(directory: str | Path) -> TextDataset:
     from qat.training import packed_text
 
     records, metadata = packed_text.read(Path(directory))
-    for name, records_NS in records.items():
-        metadata[name] = Windows(records_NS, **metadata[name])
-    return TextDataset(directory=Path(directory), **metadata)
+    for side, rows in records.items():
+        counts = metadata.pop(side)
+        metadata[side] = Windows(rows, counts["documents"], counts["dropped_tokens"])
+    tokenizer = from_json(metadata.pop("tokenizer"))
+    return TextDataset(directory=Path(directory), tokenizer=tokenizer, **metadata)
 
 
-def train_batches(
-    dataset: TextDataset,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Batches:
+def train_batches(dataset: TextDataset, batch_size: int, seed: int) -> Batches:
     """Endless shuffled batches of training windows, reshuffled every epoch.
 
     Args:
         dataset: prepared text.
         batch_size: windows in a batch of the whole job.
         seed: of the order of windows, at least 0.
-        start_step: where iteration starts, for instance the first step after a checkpoint.
-        process_index: of this process in the job.
-        process_count: processes of the job; each holds ``B = batch_size / process_count`` rows,
-            row b being row ``b * process_count + process_index`` of the batch of one process.
 
     Raises:
-        ValueError: an argument is out of range, `process_count` does not divide `batch_size`,
-            or the windows do not fill one batch.
+        ValueError: an argument is out of range, or the windows do not fill one batch.
     """
-    _check_batch(dataset.train, batch_size, process_index, process_count)
-    if min(seed, start_step) < 0:
-        raise ValueError(f"seed {seed} and start_step {start_step} must both be at least 0")
-    order = grain.MapDataset.range(len(dataset.train.records)).seed(seed).shuffle().repeat()
-    mine = order[process_index::process_count]
-    return _batches(mine, dataset.train, batch_size // process_count, start_step)
+    _check_batch(dataset.train, batch_size)
+    if seed < 0:
+        raise ValueError(f"seed {seed} is not at least 0")
+    return Batches(dataset.train.records, _shuffled(dataset.train, seed).repeat(), batch_size)
 
 
-def validation_batches(
-    dataset: TextDataset,
-    batch_size: int,
-    limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Batches:
-    """Batches of validation windows in packing order; the windows after the last are left out.
+def validation_batches(dataset: TextDataset, batch_size: int, limit: int | None = None) -> Batches:
+    """Batches of validation windows, always in the same shuffled order.
+
+    The first batches are thus a sample of the whole side; what the last batch leaves over is left
+    out.
 
     Args:
         dataset: prepared text.
         batch_size: windows in a batch of the whole job.
         limit: at most this many batches; None is all.
-        process_index: of this process in the job.
-        process_count: processes of the job; they share the rows as in `train_batches`.
 
     Raises:
         ValueError: as `train_batches`, or `limit` is not positive.
     """
-    _check_batch(dataset.validation, batch_size, process_index, process_count)
+    _check_batch(dataset.validation, batch_size)
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} is not at least 1 batch")
     steps = len(dataset.validation.records) // batch_size
-    order = grain.MapDataset.range(min(steps, limit or steps) * batch_size)
-    mine = order[process_index::process_count]
-    return _batches(mine, dataset.validation, batch_size // process_count, start_step=0)
+    order = _shuffled(dataset.validation, seed=0)[: min(steps, limit or steps) * batch_size]
+    return Batches(dataset.validation.records, order, batch_size)
 
 
-def _batches(order: grain.MapDataset, side: Windows, size: int, start_step: int) -> Batches:
-    # drop_remainder has grain count batches in integers; floats overflow for an endless dataset.
-    rows = order.batch(size, drop_remainder=True)
-    return Batches(rows.map(lambda rows_B: side.records[rows_B].astype(np.int32)), start_step)
+def _shuffled(side: Windows, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(len(side.records)).seed(seed).shuffle()
 
 
-def _check_batch(side: Windows, batch_size: int, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} is not a positive multiple of {process_count} processes"
-        )
+def _check_batch(side: Windows, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not at least 1")
     if batch_size > len(side.records):
         raise ValueError(
             f"batch_size {batch_size} exceeds the {len(side.records)} windows there are; "
@@ -272,26 +273,74 @@ def _check_batch(side: Windows, batch_size: int, process_index: int, process_cou
         )
 
 
-def _pack(
-    documents: Sequence[corpus.Document], tokenizer: corpus.Tokenizer, length: int, name: str
-) -> Windows:
-    window = length + 1
-    separator = np.asarray([tokenizer.separator], np.uint8)
-    parts = [part for each in documents for part in (tokenizer.encode(each.text), separator)]
-    tokens = np.concatenate([separator[:0], *parts])
-    if tokens.size < window:
-        raise ValueError(
-            f"the {name} side has {tokens.size} tokens in {len(documents)} documents; expected at "
-            f"least one window of {window} tokens: more documents or a shorter sequence"
-        )
-    whole = tokens.size // window * window
-    return Windows(tokens[:whole].reshape(-1, window), len(documents), tokens.size - whole)
+def _hash(surveyed: corpus.Survey, tokenizer: Tokenizer | Recipe, fraction: float) -> str:
+    """Names contents, tokenizer and split: 16 hexadecimal digits."""
+    named = f"{surveyed.content} {tokenizer.identity} {float(fraction)!r}"
+    return hashlib.blake2b(named.encode(), digest_size=8).hexdigest()
 
 
-def _write(dataset: TextDataset) -> None:
+def _prepare(
+    path: Path,
+    source: sources.Source,
+    surveyed: corpus.Survey,
+    recipe: Recipe,
+    sequence_length: int,
+    fraction: float,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Learns the tokenizer if need be, and packs."""
     from qat.training import packed_text
 
-    metadata = dataclasses.asdict(dataset)
-    path = metadata.pop("directory")
-    records = {name: metadata[name].pop("records") for name in ("train", "validation")}
-    packed_text.write(path, records, metadata)
+    sampled = _telling("sampled", source, on_progress)
+    tokenizer = recipe.fit(lambda: corpus.sample(sampled, surveyed, fraction, SAMPLE_CHARACTERS))
+    packed = _telling("packed", source, on_progress)
+    packed_text.write(
+        path,
+        _encoded(packed, surveyed, tokenizer, fraction),
+        sequence_length + 1,
+        tokenizer.vocabulary_size,
+        {
+            "source": source.name,
+            "fingerprint": _hash(surveyed, tokenizer, fraction),
+            "tokenizer": tokenizer.to_json(),
+            "sequence_length": sequence_length,
+            "validation_fraction": fraction,
+            "unreadable_documents": surveyed.unreadable,
+            "empty_documents": surveyed.empty,
+        },
+    )
+
+
+def _encoded(
+    source: sources.Source, surveyed: corpus.Survey, tokenizer: Tokenizer, fraction: float
+) -> Iterator[tuple[str, UInt[np.ndarray, " M"]]]:
+    """Side and ids of every document, a separator behind each; on all cores.
+
+    Raises:
+        ValueError: the documents are not those of the survey.
+    """
+    content = corpus.Content()
+    documents = content.watch(corpus.documents(source))
+    with ThreadPoolExecutor() as pool:
+        while batch := list(itertools.islice(documents, _ENCODED_AT_ONCE)):
+            encoded = pool.map(lambda each: tokenizer.encode(each.text), batch)
+            for document, ids in zip(batch, encoded, strict=True):
+                side = "validation" if corpus.is_validation(document, fraction) else "train"
+                yield side, np.append(ids, ids.dtype.type(tokenizer.separator))
+    if str(content) != surveyed.content:
+        raise ValueError(f"source {source.name!r} changed while it was read; try again")
+
+
+def _telling(done: str, source: sources.Source, tell: Callable[[str], None]) -> sources.Source:
+    """The same source, which tells now and then how much of it was read."""
+
+    def read() -> Iterable[bytes]:
+        size, last = 0, time.monotonic()
+        for raw in source.read():
+            yield raw
+            size += len(raw)
+            if time.monotonic() - last > _SECONDS_BETWEEN_REPORTS:
+                last = time.monotonic()
+                tell(f"{source.name}: {done} {size / 1e6:,.0f} MB")
+
+    return dataclasses.replace(source, read=read)

@@ -1,0 +1,1 @@
+"""English text out of Debian packages: how each format becomes plain prose."""
