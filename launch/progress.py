@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, title: str, total: float, unit: str = ""):
         self._title, self._total, self._unit = title, total, unit
-        self._done = 0.0
+        self._done = self._before = 0.0
         self._start = self._last_line = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Progress | None = None
@@ -39,9 +39,10 @@ class Meter:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._bar = Progress(*columns)
-            self._task = self._bar.add_task(self._title, total=self._total)
+            self._task = self._bar.add_task(self._title, total=self._total, note="")
             self._bar.start()
         return self
 
@@ -54,21 +55,30 @@ class Meter:
         if self._bar:
             self._bar.stop()
 
-    def advance(self, amount: float) -> None:
-        """Adds work done; shows it."""
+    def skip(self, amount: float) -> None:
+        """Adds work that was done before, which says nothing of the time left."""
+        with self._lock:
+            self._done += amount
+            self._before += amount
+            if self._bar:
+                self._bar.reset(self._task, completed=int(self._done))
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Adds work done; shows it, and the note beside it."""
         with self._lock:
             self._done += amount
             if self._bar:
-                self._bar.advance(self._task, amount)
+                self._bar.update(self._task, advance=amount, note=note)
                 return
             now = time.monotonic()
             if now - self._last_line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
                 self._last_line = now
                 elapsed = now - self._start
-                left = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+                here = self._done - self._before
+                left = elapsed / here * (self._total - self._done) if here else 0.0
                 print(
                     f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, "
-                    f"{elapsed:.0f} s, {max(left, 0):.0f} s left",
+                    f"{elapsed:.0f} s, {max(left, 0):.0f} s left{', ' if note else ''}{note}",
                     flush=True,
                 )
 

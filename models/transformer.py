@@ -241,19 +241,19 @@ class Transformer(nnx.Module):
         positions = Positions.of(position, tokens, longest, channels, config.rope_base)
         graph, layers = nnx.split(self.blocks)
 
-        def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, Cache | None]:
-            layer, layer_cache = scanned
-            output: tuple[Array, Cache | None] = nnx.merge(graph, layer)(
-                x_BTD, positions, layer_cache
-            )
-            return output
+        def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, tuple[Any, Any]]:
+            state, layer_cache = scanned
+            layer = nnx.merge(graph, state)
+            x_BTD, cache = layer(x_BTD, positions, layer_cache)
+            return x_BTD, (cache, nnx.state(layer, qat.nnx.Observation))
 
         if config.remat != "none":
             policy = _REMAT[config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
         unroll = min(config.unroll, config.layers)
-        x_BTD, cache = jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
+        x_BTD, (cache, seen) = jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
+        nnx.update(self.blocks, seen)
         logits_BTV = constrain(self.head(self.norm(x_BTD)), "batch", None, "vocabulary")
         return logits_BTV.astype(jnp.float32), cache
 

@@ -18,6 +18,12 @@ from jaxtyping import Array, Float
 from qat.groups import Axis, groups_of
 from qat.quantizer import Quantizer
 
+NOTHING_TO_CALIBRATE = (
+    "calibrate: no activation has a fixed or learned scale; "
+    "expected a policy such as Policy(activations='int8/fixed')"
+)
+NO_BATCH = "calibrate: expected at least one batch"
+
 _MEAN_OF_NORMAL = math.sqrt(2 / math.pi)  # mean magnitude of a standard normal variable
 
 
@@ -35,6 +41,34 @@ def with_value(quantizer: Quantizer, value: Any) -> Quantizer:
     if quantizer.scale == "fixed" and quantizer.zero_point:
         value = (value[..., 0], value[..., 1])
     return dataclasses.replace(quantizer, value=value)
+
+
+def first_value(
+    operand: str,
+    quantizer: Quantizer,
+    weights: Float[Array, "..."] | None = None,
+    axis: Axis = 0,
+) -> Float[Array, "..."]:
+    """What a layer holds for a quantizer before it sees data.
+
+    Args:
+        operand: its name.
+        quantizer: one that `needs_value`.
+        weights: of the layer, for a learned scale of theirs.
+        axis: contraction axis or axes of `weights`.
+
+    Returns:
+        float32: a learned scale, or a range that is not a number yet.
+
+    Raises:
+        ValueError: no layer can hold that number, see `check_held`.
+    """
+    check_held(operand, quantizer)
+    if operand == "weights":
+        if weights is None:
+            raise ValueError("a learned scale of weights starts from them: expected an array")
+        return initial_scale(weights, quantizer, axis)
+    return scale_of_normal(quantizer) if quantizer.scale == "learned" else unseen(quantizer)
 
 
 def initial_scale(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Float[Array, "..."]:
@@ -104,13 +138,32 @@ def updated(
     return jnp.where(jnp.isnan(old), new, later)
 
 
-def check_static(operand: str, quantizer: Quantizer) -> None:
-    """Raises ValueError where the shape of an operand's scale would depend on the batch."""
-    if quantizer.granularity != "tensor":
+def follow(
+    old: Float[Array, "..."], x: Float[Array, "..."], quantizer: Quantizer, decay: float | None
+) -> Float[Array, "..."]:
+    """A scale or range after one more batch: what it was `updated` by what is `observed`."""
+    return updated(old, jax.lax.stop_gradient(observed(x, quantizer)), quantizer, decay)
+
+
+def check_held(operand: str, quantizer: Quantizer) -> None:
+    """Raises ValueError where no layer can hold the number that a quantizer needs.
+
+    A fixed range of weights and any number of gradients come with the quantizer; of what flows
+    through a layer, the shape of a scale must not depend on the batch.
+    """
+    if operand == "gradients" or (operand == "weights" and quantizer.scale != "learned"):
+        raise ValueError(f"{operand} with a {quantizer.scale} scale need its value")
+    if operand != "weights" and quantizer.granularity != "tensor":
         raise ValueError(
             f"{operand} with a {quantizer.scale} scale: expected granularity 'tensor', got "
             f"{quantizer.granularity!r}: the number of its scales changes with the batch"
         )
+
+
+def check_decay(decay: float | None) -> None:
+    """Raises ValueError for a decay that is not between 0 and 1."""
+    if decay is not None and not 0 < decay < 1:
+        raise ValueError(f"decay {decay}: expected between 0 and 1, such as 0.9")
 
 
 def _scale_of_mean(mean: Array, quantizer: Quantizer) -> Array:

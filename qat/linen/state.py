@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qat.calibration import (
-    check_static,
-    initial_scale,
+    NO_BATCH,
+    NOTHING_TO_CALIBRATE,
+    check_decay,
+    check_held,
+    first_value,
+    follow,
     needs_value,
-    observed,
-    scale_of_normal,
-    unseen,
-    updated,
     with_value,
 )
 from qat.groups import Axis
@@ -61,11 +61,12 @@ def with_state(
     module: nn.Module, policy: Policy, lhs: jax.Array, rhs: jax.Array, rhs_axes: Axis
 ) -> Policy:
     """The policy of one contraction, its activations and weights with their numbers."""
+    if policy.gradients is not None and needs_value(policy.gradients):
+        check_held("gradients", policy.gradients)
     return dataclasses.replace(
         policy,
         activations=with_range(module, policy.activations, "activations", lhs),
         weights=with_scale(module, policy.weights, rhs, rhs_axes),
-        gradients=_complete("gradients", policy.gradients),
     )
 
 
@@ -73,10 +74,11 @@ def with_scale(
     module: nn.Module, quantizer: Quantizer | None, weights: jax.Array, axis: Axis
 ) -> Quantizer | None:
     """The quantizer of a layer's weights, a learned scale as a parameter of the layer."""
-    if quantizer is None or not needs_value(quantizer) or quantizer.scale != "learned":
-        return _complete("weights", quantizer)
-    place = ("params", "weights_scale")
-    return with_value(quantizer, _held(module, *place, initial_scale, weights, quantizer, axis))
+    if quantizer is None or not needs_value(quantizer):
+        return quantizer
+    check_held("weights", quantizer)
+    first = functools.partial(first_value, "weights", quantizer, weights, axis)
+    return with_value(quantizer, _held(module, "params", "weights_scale", first))
 
 
 def with_range(
@@ -85,18 +87,17 @@ def with_range(
     """The quantizer of what flows through a layer, with its learned scale or calibrated range."""
     if quantizer is None or not needs_value(quantizer):
         return quantizer
-    check_static(operand, quantizer)
+    check_held(operand, quantizer)
     learned = quantizer.scale == "learned"
     place = ("params", f"{operand}_scale") if learned else (_RANGES, operand)
-    value = _held(module, *place, scale_of_normal if learned else unseen, quantizer)
+    value = _held(module, *place, functools.partial(first_value, operand, quantizer))
     calibration = _calibrating.get()
     follows = calibration is not None or (not learned and module.is_mutable_collection(_RANGES))
     if follows and not module.is_initializing():
-        new = jax.lax.stop_gradient(observed(x, quantizer))
         if calibration is not None and calibration.forgets(module, operand):
             value = jnp.full_like(value, jnp.nan)
         decay = None if calibration is None else calibration.decay
-        value = updated(value, new, quantizer, decay)
+        value = follow(value, x, quantizer, decay)
         module.put_variable(*place, value)
     return with_value(quantizer, value)
 
@@ -133,8 +134,7 @@ def calibrate(
         ValueError: the module holds no such scale, there is no batch, or `decay` is not between 0
             and 1.
     """
-    if decay is not None and not 0 < decay < 1:
-        raise ValueError(f"decay {decay}: expected between 0 and 1, such as 0.9")
+    check_decay(decay)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(first: bool, variables: Any, batch: Any) -> Any:
@@ -145,10 +145,7 @@ def calibrate(
         finally:
             _calibrating.reset(token)
         if not calibration.met:
-            raise ValueError(
-                "calibrate: no activation has a fixed or learned scale; "
-                "expected a policy such as Policy(activations='int8/fixed')"
-            )
+            raise ValueError(NOTHING_TO_CALIBRATE)
         return {**variables, **changed}
 
     first = True
@@ -156,20 +153,11 @@ def calibrate(
         variables = run(first, variables, batch)
         first = False
     if first:
-        raise ValueError("calibrate: expected at least one batch")
+        raise ValueError(NO_BATCH)
     return variables
 
 
-def _complete(operand: str, quantizer: Quantizer | None) -> Quantizer | None:
-    """A quantizer that needs no number from its layer."""
-    if quantizer is not None and needs_value(quantizer):
-        raise ValueError(f"{operand} with a {quantizer.scale} scale need its value")
-    return quantizer
-
-
-def _held(
-    module: nn.Module, collection: str, name: str, first: Callable[..., jax.Array], *args: Any
-) -> Any:
+def _held(module: nn.Module, collection: str, name: str, first: Callable[[], jax.Array]) -> Any:
     """A variable of a module, made where it is missing, in a method of any kind."""
     if not module.has_variable(collection, name):
         if not module.is_mutable_collection(collection):
@@ -178,5 +166,5 @@ def _held(
                 f"{collection!r}: initialize the model with its policies, and under nn.scan "
                 f"give that collection an axis"
             )
-        module.put_variable(collection, name, first(*args))
+        module.put_variable(collection, name, first())
     return module.get_variable(collection, name)

@@ -2,11 +2,14 @@
 
 `Linear`, `LinearGeneral`, `Einsum` and `Embed` are Flax's own with a policy; `quantize_model`
 converts a whole model of somebody else's; `set_policy` puts other numbers into the same compiled
-program, `set_key` the noise of a step, `calibrate` the ranges seen in data.
+program, `set_key` the noise of a step, `calibrate` the ranges seen in data; `quantization_errors`
+says what each quantizer loses.
 """
 
 from qat.nnx.conversion import quantize_model
+from qat.nnx.errors import QuantizationError, error_table, quantization_errors
 from qat.nnx.layers import Einsum, Embed, Linear, LinearGeneral
+from qat.nnx.observation import Observation
 from qat.nnx.slots import (
     Attention,
     Convolution,
@@ -32,10 +35,14 @@ __all__ = [
     "Linear",
     "LinearGeneral",
     "NoiseKey",
+    "Observation",
     "PolicyState",
+    "QuantizationError",
     "StaticRange",
     "calibrate",
+    "error_table",
     "needs_key",
+    "quantization_errors",
     "quantize_model",
     "set_key",
     "set_policy",

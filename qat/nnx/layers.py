@@ -79,6 +79,7 @@ class Embed(nnx.Embed):
         if self.dot_general is None or (quantizer := self.dot_general.quantizer("weights")) is None:
             return super().__call__(inputs, out_sharding)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype)
+        self.dot_general.observe("weights", table, -1)
         table = fake_quant(table, quantizer, -1, self.dot_general.key.get_value())
         with self.dot_general.scope():
             if out_sharding is not None:

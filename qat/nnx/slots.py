@@ -4,10 +4,12 @@ The formats live in the module's state as arrays, so `flax.nnx.split` yields the
 the parameters, and other numbers run in the same compiled program. Beside them a slot holds what
 its quantizers need: a learned scale (a parameter, trained like any other), a range seen in
 calibration, a noise key. None of this is mutated while a model trains: keys and policies are put
-in from outside, so a model may be split, scanned and differentiated as pure functions.
+in from outside, so a model may be split, scanned and differentiated as pure functions;
+only an `Observation` that somebody put into a slot follows its calls.
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -15,21 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 
-from qat.calibration import (
-    check_static,
-    initial_scale,
-    needs_value,
-    observed,
-    scale_of_normal,
-    unseen,
-    updated,
-    with_value,
-)
+from qat.calibration import first_value, needs_value, with_value
 from qat.contractions import layer_scope, quantized_scope
 from qat.convolution import conv_general_dilated
 from qat.dot_general import dot_general
 from qat.einsum import einsum_by
 from qat.groups import Axis
+from qat.labels import DimensionNumbers
+from qat.nnx.observation import Observation
 from qat.policy import Policy
 from qat.quantization import fake_quant
 from qat.quantizer import Quantizer
@@ -75,7 +70,6 @@ class Slot(nnx.Module):
     ):
         policy = policy.restricted(operands)
         self.path: str | None = None
-        self.observing: float | bool | None = False  # in calibration: the decay
         self.operands = operands
         self.policy = PolicyState(stacked(policy.traced(), stack))
         self.key = NoiseKey(None)
@@ -97,14 +91,13 @@ class Slot(nnx.Module):
         filled: dict[str, Any] = {name: self.quantizer(name) for name in self.operands}
         return Policy(**filled, mode=self.policy.get_value().mode)
 
-    def observe(self, operand: str, x: jax.Array) -> None:
-        """In calibration, lets the number of an operand follow what it sees."""
-        held = getattr(self, f"{operand}_value")
-        if self.observing is False or held is None:
-            return
-        quantizer = getattr(self.policy.get_value(), operand)
-        new = updated(held.get_value(), observed(x, quantizer), quantizer, self.observing)
-        held.set_value(new)
+    def observe(self, operand: str, x: jax.Array, axis: Axis) -> None:
+        """Lets the observations of an operand follow it: its own number, and what was added."""
+        for name in (f"{operand}_value", f"{operand}_seen"):
+            seen = getattr(self, name, None)
+            if isinstance(seen, Observation):
+                key = self.key.get_value()
+                seen.set_value(seen.follow(seen.get_value(), x, self.quantizer(operand), axis, key))
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Marks what is traced within as quantized, in reports and profiles."""
@@ -119,12 +112,21 @@ class DotGeneral(Slot):
             dot_general(policy)  # refuses now what it would refuse later
         super().__init__(policy, PROJECTION, *args, **kwargs)
 
-    def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: DimensionNumbers,
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
         """Contracts as `jax.lax.dot_general` does, under the policy in the state."""
-        self.observe("activations", lhs)
+        (lhs_axes, rhs_axes), _ = dimension_numbers
+        self.observe("activations", lhs, tuple(lhs_axes))
+        self.observe("weights", rhs, tuple(rhs_axes))
         with self.scope():
             dot = dot_general(self.filled_policy(), self.key.get_value())
-            return dot(lhs, rhs, *args, **kwargs)
+            return dot(lhs, rhs, dimension_numbers, *args, **kwargs)
 
 
 class EinsumOp(DotGeneral):
@@ -136,7 +138,7 @@ class EinsumOp(DotGeneral):
 
 
 class Convolution(Slot):
-    """A quantized convolution for the slot of `flax.nnx.Conv`."""
+    """A quantized convolution for the slot of `flax.nnx.Conv`: batch first, channels last."""
 
     def __init__(self, policy: Policy, *args: Any, **kwargs: Any):
         conv_general_dilated(policy)  # refuses now what it would refuse later
@@ -144,7 +146,8 @@ class Convolution(Slot):
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Convolves as `jax.lax.conv_general_dilated` does, under the policy in the state."""
-        self.observe("activations", lhs)
+        self.observe("activations", lhs, tuple(range(1, lhs.ndim)))
+        self.observe("weights", rhs, tuple(range(rhs.ndim - 1)))
         with self.scope():
             convolve = conv_general_dilated(self.filled_policy(), self.key.get_value())
             product: jax.Array = convolve(lhs, rhs, *args, **kwargs)
@@ -167,7 +170,7 @@ class FakeQuant(Slot):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Quantizes; shape and dtype stay."""
         (operand,) = self.operands
-        self.observe(operand, x)
+        self.observe(operand, x, -1)
         quantizer = self.quantizer(operand)
         return x if quantizer is None else fake_quant(x, quantizer, -1, self.key.get_value())
 
@@ -238,17 +241,8 @@ def _held_value(
     """The variable for a number that the quantizer does not bring along."""
     if quantizer is None or not needs_value(quantizer):
         return None
-    if operand == "weights" and quantizer.scale == "learned" and kernel is not None:
-
-        def first(kernel: jax.Array) -> jax.Array:
-            return initial_scale(kernel, quantizer, axis)
-
-        for _ in stack:
-            first = jax.vmap(first)
-        return LearnedScale(first(kernel))
-    if operand in ("weights", "gradients"):
-        raise ValueError(f"{operand} with a {quantizer.scale} scale need its value")
-    check_static(operand, quantizer)
-    if quantizer.scale == "learned":
-        return LearnedScale(stacked(scale_of_normal(quantizer), stack))
-    return StaticRange(stacked(unseen(quantizer), stack))
+    first = functools.partial(first_value, operand, quantizer, axis=axis)
+    for _ in stack if kernel is not None else ():
+        first = jax.vmap(first)
+    value = first(kernel) if kernel is not None else stacked(first(), stack)
+    return (LearnedScale if quantizer.scale == "learned" else StaticRange)(value)

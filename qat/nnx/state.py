@@ -1,6 +1,5 @@
 """What is put into a quantized model from outside: policies, noise keys, calibrated ranges."""
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,9 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qat.calibration import NO_BATCH, NOTHING_TO_CALIBRATE, check_decay, follow
+from qat.groups import Axis
+from qat.nnx.observation import Observation, observing
 from qat.nnx.slots import LearnedScale, Slot, StaticRange
 from qat.noise import fold, words_of
 from qat.policy import AnyRules, Policy, Rules
+from qat.quantizer import Quantizer
 
 _SLOTS = ("dot_general", "einsum_op", "conv_general_dilated", "attention_fn")
 
@@ -26,7 +29,7 @@ def set_policy(model: nnx.Module, policy: AnyRules) -> None:
         ValueError: nothing in the model is quantized, or a layer's structure (which operands,
             which granularity, …) differs from that of its new policy.
     """
-    slots = _slots(model, "set_policy")
+    slots = slots_of(model, "set_policy")
     rules = Rules.of(policy)
     new = [_fitted(path, slot, rules) for path, slot in slots]
     for (_, slot), value in zip(slots, new, strict=True):
@@ -44,9 +47,9 @@ def set_key(model: nnx.Module, key: jax.Array) -> None:
     Raises:
         ValueError: nothing in the model is quantized.
     """
-    for place, (_, slot) in enumerate(_slots(model, "set_key")):
+    for place, (_, slot) in enumerate(slots_of(model, "set_key")):
         words = fold(words_of(key), jnp.uint32(place))
-        for size in _stack(slot):
+        for size in stack_of(slot):
             layers = jnp.arange(size, dtype=jnp.uint32)
             words = jax.vmap(lambda layer, words=words: fold(words, layer), out_axes=-2)(layers)
         slot.key.set_value(words)
@@ -70,54 +73,54 @@ def calibrate(
 
     Args:
         model: with fixed or learned scales of activations; changed in place.
-        batches: inputs of the model; what was calibrated before is forgotten.
+        batches: inputs of the model; what was calibrated before is forgotten. Nothing else that
+            they change in the model, such as running statistics, is kept.
         decay: of an exponential moving average, between 0 and 1; None takes the widest range.
         call: (model, batch) → anything, how a batch runs; None is ``model(batch)``.
 
     Raises:
         ValueError: the model holds no such scale, there is no batch, or `decay` is not between 0
-            and 1.
+            and 1; the model is then as it was.
     """
-    if decay is not None and not 0 < decay < 1:
-        raise ValueError(f"decay {decay}: expected between 0 and 1, such as 0.9")
-    slots = [slot for _, slot in _slots(model, "calibrate")]
-    held = [value for slot in slots for value in _followed(slot)]
-    if not held:
-        raise ValueError(
-            "calibrate: no activation has a fixed or learned scale; "
-            "expected a policy such as Policy(activations='int8/fixed')"
-        )
-    batches = iter(batches)
-    if (first := next(batches, None)) is None:
-        raise ValueError("calibrate: expected at least one batch")
-    for value in held:
-        value.set_value(jnp.full_like(value.get_value(), jnp.nan))
+    check_decay(decay)
+    slots = [slot for _, slot in slots_of(model, "calibrate")]
 
-    @nnx.jit
-    def run(model: nnx.Module, batch: Any) -> None:
-        (call or _call)(model, batch)
+    def range_after(
+        old: jax.Array, x: jax.Array, quantizer: Quantizer, axis: Axis, key: Any
+    ) -> jax.Array:
+        return follow(old, x, quantizer, decay)
 
-    for slot in slots:
-        slot.observing = decay
-    try:
-        for batch in itertools.chain([first], batches):
-            run(model, batch)
-    finally:
-        for slot in slots:
-            slot.observing = False
+    watched, pairs = nnx.clone(model), []
+    twins = [twin for _, twin in slots_of(watched, "calibrate")]
+    for slot, twin in zip(slots, twins, strict=True):
+        for name, held in _followed(slot):
+            nothing = jnp.full_like(held.get_value(), jnp.nan)
+            setattr(twin, name, nnx.data(Observation(nothing, follow=range_after)))
+            pairs.append((held, getattr(twin, name)))
+    if not pairs:
+        raise ValueError(NOTHING_TO_CALIBRATE)
+    run, any_batch = observing(watched, call or _call), False
+    for batch in batches:
+        run(batch)
+        any_batch = True
+    if not any_batch:
+        raise ValueError(NO_BATCH)
+    for held, seen in pairs:
+        held.set_value(seen.get_value())
 
 
 def _call(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _followed(slot: Slot) -> list[nnx.Variable[Any]]:
-    """The numbers of a slot that follow data: not those of weights."""
-    held = [getattr(slot, f"{name}_value") for name in slot.operands if name != "weights"]
-    return [value for value in held if isinstance(value, LearnedScale | StaticRange)]
+def _followed(slot: Slot) -> list[tuple[str, nnx.Variable[Any]]]:
+    """The numbers of a slot that follow data, by attribute: not those of weights."""
+    names = [f"{operand}_value" for operand in slot.operands if operand != "weights"]
+    held = [(name, getattr(slot, name)) for name in names]
+    return [(name, value) for name, value in held if isinstance(value, LearnedScale | StaticRange)]
 
 
-def _slots(model: nnx.Module, function: str) -> list[tuple[str, Slot]]:
+def slots_of(model: nnx.Module, function: str) -> list[tuple[str, Slot]]:
     """Slots with the path of their layer."""
     nodes = nnx.iter_graph(model)
     slots = [(layer_path(path), node) for path, node in nodes if isinstance(node, Slot)]
@@ -131,7 +134,7 @@ def layer_path(path: Iterable[Any]) -> str:
     return "/".join(str(part) for part in path if part not in _SLOTS)
 
 
-def _stack(slot: Slot) -> tuple[int, ...]:
+def stack_of(slot: Slot) -> tuple[int, ...]:
     """Leading axes of the stack of layers that a slot belongs to."""
     leaves = jax.tree.leaves(slot.policy.get_value())
     return tuple(leaves[0].shape[:-1]) if leaves else ()

@@ -15,7 +15,7 @@ def test_analytic_flops_agree_with_the_compiler_for_one_layer():
     params = jax.eval_shape(task.init, jax.random.key(0))
     tokens_BT = jax.ShapeDtypeStruct((2, 256), jnp.int32)
     constants = constants_for(config, None)
-    lowered = jax.jit(task.apply).lower(params, constants, tokens_BT)
+    lowered = jax.jit(task.apply).lower(params, constants, jax.random.key(0), tokens_BT)
     counted = lowered.compile().cost_analysis()["flops"]
     analytic = 512 * forward_flops_per_token(matrix_params(config), 1, 128, 256)
     assert analytic < counted < 1.1 * analytic

@@ -1,0 +1,51 @@
+"""What a training loop calls when it logs: the progress bar with the speed, and the plots."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from launch.experiment import Experiment
+from launch.progress import Meter
+from models.task import matrix_params
+from qat.training import flops
+from qat.training.scalars import Writer, points
+from qat.training.step import Metrics
+from qat.training.throughput import Throughput, peak_of
+
+
+def watcher(
+    meter: Meter, throughput: Throughput, writers: Sequence[Writer]
+) -> Callable[[int, Sequence[Metrics]], None]:
+    """A function of the steps taken and the metrics of those since its last call.
+
+    Args:
+        meter: counts steps and shows the speed.
+        throughput: of this stretch of training.
+        writers: of plots.
+    """
+
+    def on_log(step: int, metrics: Sequence[Metrics]) -> None:
+        speed = throughput.at(step)
+        meter.advance(len(metrics), "" if speed is None else str(speed))
+        found = points(step, metrics, speed)
+        for writer in writers:
+            writer.write(found)
+
+    return on_log
+
+
+def throughput_of(
+    experiment: Experiment, peak: Callable[[str, str], float | None] = lambda kind, dtype: None
+) -> Throughput:
+    """What measures the speed of an experiment on all devices, by its model's analytic FLOPs.
+
+    Args:
+        experiment: what is trained.
+        peak: (device kind, dtype) → FLOPs a second of one device, or None if that is unknown.
+    """
+    config, model = experiment.config, experiment.model
+    length = config["data"]["sequence_length"]
+    tokens = config["batch_size"] * length
+    work = flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
+    kinds = [device.device_kind for device in jax.devices()]
+    return Throughput(tokens, work, peak_of(kinds, model.dtype, peak))
