@@ -169,10 +169,16 @@ def _accumulated(
 def token_losses(
     task: Task, params: Params, constants: Constants, key: Array, tokens_BS: Int[Array, "B S"]
 ) -> Float[Array, "B T"]:
-    """Cross entropy of every token but the first of each record, in nats."""
+    """Cross entropy of every token but the first of each record, in nats.
+
+    The target's logit is picked by a mask that fuses into the sum, so that the backward pass keeps
+    the logits in the head's own dtype, and neither float32 log probabilities nor a scatter.
+    """
     logits_BTV = task.apply(params, constants, key, tokens_BS[:, :-1])
-    log_probability_BTV = jax.nn.log_softmax(logits_BTV)
-    return -jnp.take_along_axis(log_probability_BTV, tokens_BS[:, 1:, None], axis=-1)[..., 0]
+    targets_BT1 = tokens_BS[:, 1:, None].astype(jnp.int32)
+    ids_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None, :]
+    target_logit_BT = jnp.sum(jnp.where(targets_BT1 == ids_11V, logits_BTV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logit_BT
 
 
 def evaluate(
