@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.scaling.base_heads = 0
 
     config.model = ml_collections.ConfigDict()  # see models.transformer.TransformerConfig
+    config.model.vocabulary = 0  # 0 is the tokenizer's
     config.model.width = 32
     config.model.layers = 2
     config.model.heads = 2

@@ -8,9 +8,9 @@ tokens in batches of 256 sequences of 1024; Adam (0.9, 0.95) with eps 1e-15 and 
 What the paper leaves open, and is our choice: the shapes (heads of 64 channels, as many key-value
 heads as heads, a width of about 55 times the depth, the gated layer filling up to N), a cosine
 that ends at a tenth of its peak, clipping at norm 1, bfloat16 arithmetic on float32 parameters.
-The vocabulary is that of OLMo's tokenizer, 50,280 ids, padded to 50,304 = 3 · 131 · 128. The paper
-trains on the Common Crawl part of Dolma; the source here is the English part of C4, so losses are
-near the paper's but not the same.
+The vocabulary has as many ids as OLMo's, 50,280, padded to 50,304 = 3 · 131 · 128, but is learned
+from the text. The paper trains on the Common Crawl part of Dolma; the source here is the English
+part of C4, so losses are near the paper's but not the same.
 
 Of the five budgets a config has the largest; take another by --config.tokens=1_500_000_000 and so
 on. Precision is --config.policy: the paper trains with w3 … w12, a3 … a12, kv3 … kv12, each alone
@@ -49,9 +49,11 @@ def make_config(width: int, layers: int, mlp_width: int) -> ml_collections.Confi
     config.model.heads = config.model.kv_heads = width // HEAD_CHANNELS
     config.model.mlp_width = mlp_width
     config.model.dtype = "bfloat16"
+    config.model.unroll = 1
     config.model.remat = "full"
 
     config.data.source = "tfds:c4/en"
+    config.data.tokenizer = "bpe:50280"
     config.data.sequence_length = 1024
     config.data.validation_fraction = 0.001
     return config

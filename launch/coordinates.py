@@ -32,6 +32,7 @@ from launch.progress import Meter
 from models.probe import activations
 from models.task import constants_for
 from models.transformer import Transformer
+from qat.training.processes import place
 
 config_flags.DEFINE_config_file("config", None, "Experiment to widen (required).")
 _WIDTHS = flags.DEFINE_list("widths", ["32", "64", "128", "256"], "Widths; the first is the base.")
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def changes_of(lab: Lab, experiment: Experiment, steps: int) -> dict[str, float]:
     """Root mean square change of every place's activations by `steps` steps of training."""
-    programs, model = lab.programs(experiment), lab.model(experiment)
+    programs, model = lab.programs(experiment), experiment.model
     constants = constants_for(model, experiment.policy)
     train, validation = lab.batches(experiment)
     tokens_BT = jnp.asarray(validation.batch_at(0)[:, :-1])
@@ -71,7 +72,7 @@ def changes_of(lab: Lab, experiment: Experiment, steps: int) -> dict[str, float]
     before = places(state.params)
     schedule = dataclasses.replace(experiment.schedule, warmup_steps=1)  # full rate at once
     for step in range(steps):
-        batch = jax.device_put(train.batch_at(step), programs.batch_sharding)
+        batch = place(train, step, programs.batch_sharding)
         state, _ = programs.train_step(state, constants, schedule, batch)
     after = places(state.params)
     moved = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), after, before)

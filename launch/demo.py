@@ -90,7 +90,7 @@ def _run(lab: Lab, experiment: Experiment, folder: Path, meter: Meter) -> None:
     tokens_per_step = experiment.tokens / experiment.schedule.total_steps / 1e6
     seen = 0
 
-    def on_log(step: int, metrics: Metrics) -> None:
+    def on_log(step: int, metrics: Sequence[Metrics]) -> None:
         nonlocal seen
         meter.advance((step - seen) * tokens_per_step)
         seen = step

@@ -14,6 +14,7 @@ from qat.spelling import expected_one_of
 from qat.training.results import hash_of
 from qat.training.scaling import Scaling
 from qat.training.schedule import Schedule, branches, warmup_cosine
+from qat.training.tokenizer import parse_tokenizer
 
 _SCHEDULES = ("cosine", "wsd")
 # What is not data to the compiled programs, beside the structure of the policy.
@@ -58,7 +59,7 @@ class Experiment:
             ValueError: a value is out of range; the message names it.
         """
         _check(config)
-        model = TransformerConfig(**config["model"])
+        model = TransformerConfig(**{**config["model"], "vocabulary": _vocabulary(config)})
         scaling = _scaling(model, **config["scaling"])
         *branches, schedule = _schedules(config)
         return cls(
@@ -131,6 +132,22 @@ def _schedules(config: Mapping[str, Any]) -> list[Schedule]:
             options["final_fraction"],
         )
     ]
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    """Rows of the embedding: as many as stated, else as the tokenizer has ids.
+
+    Raises:
+        ValueError: fewer are stated than there are ids.
+    """
+    stated: int = config["model"]["vocabulary"]
+    ids = parse_tokenizer(config["data"]["tokenizer"]).vocabulary_size
+    if stated and stated < ids:
+        raise ValueError(
+            f"model.vocabulary = {stated} is less than the {ids} ids of tokenizer "
+            f"{config['data']['tokenizer']!r}; 0 means as many"
+        )
+    return stated or ids
 
 
 def _scaling(

@@ -4,26 +4,34 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+import qat.nnx
 from launch.experiment import Experiment
-from models.task import constants_for, language_model, matrix_params
-from models.transformer import TransformerConfig
+from models.task import constants_for, language_model, matrix_params, model_of
 from qat.policy import Policy
 from qat.training import flops
 from qat.training.checkpoint import Checkpoints
 from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
 from qat.training.loop import TrainingResult, train
 from qat.training.optimizer import adamw
+from qat.training.processes import place
 from qat.training.results import Row, hash_of, package_versions
+from qat.training.schedule import Schedule
 from qat.training.sharding import make_mesh
-from qat.training.step import Metrics, Programs, evaluate, make_programs, mean_and_standard_error
+from qat.training.step import (
+    Programs,
+    TrainState,
+    evaluate,
+    make_programs,
+    mean_and_standard_error,
+)
 
 LossesOfSequences = np.ndarray
 
@@ -65,17 +73,12 @@ class Lab:
                 )
             return self._datasets[key]
 
-    def model(self, experiment: Experiment) -> TransformerConfig:
-        """The shape of an experiment's model, with the vocabulary of its data."""
-        vocabulary = self.dataset(experiment).vocabulary_size
-        return dataclasses.replace(experiment.model, vocabulary=vocabulary)
-
     def programs(self, experiment: Experiment) -> Programs:
         """The jitted programs of an experiment's shape."""
-        config, model = experiment.config, self.model(experiment)
+        config = experiment.config
         with self._lock:
             if experiment.shape not in self._programs:
-                task = language_model(model, experiment.policy, experiment.scaling)
+                task = language_model(experiment.model, experiment.policy, experiment.scaling)
                 optimizer = adamw(
                     weight_decay=config["weight_decay"],
                     clip_norm=config["clip_norm"],
@@ -105,52 +108,77 @@ class Lab:
             if experiment.shape in self._compiled:
                 return
             programs = self.programs(experiment)
-            constants = constants_for(self.model(experiment), experiment.policy)
-            tokens_BS = self.batches(experiment)[0].batch_at(0)
-            batch = jax.device_put(tokens_BS, programs.batch_sharding)
-            state = programs.init_state(jnp.uint32(0))
+            constants = constants_for(experiment.model, experiment.policy)
+            batch = place(self.batches(experiment)[0], 0, programs.batch_sharding)
+            state = programs.init_state(np.uint32(0))
             programs.eval_step(state.params, constants, batch)
             programs.train_step(state, constants, experiment.schedule, batch)
             self._compiled.add(experiment.shape)
 
-    def run_id(self, experiment: Experiment) -> str:
-        """Identifies config and data."""
+    def run_id(self, experiment: Experiment, schedule: Schedule | None = None) -> str:
+        """Identifies config, data, and the schedule if it is that of a branch."""
         fingerprint = self.dataset(experiment).fingerprint
-        return hash_of({"config": experiment.config, "data": fingerprint})
+        identity = {"config": experiment.config, "data": fingerprint}
+        if schedule in experiment.branches:
+            identity["branch"] = dataclasses.asdict(schedule)
+        return hash_of(identity)
+
+    def fresh(self, experiment: Experiment) -> TrainState:
+        """The state before the first step."""
+        seed = np.uint32(experiment.config["seed"])
+        return self.programs(experiment).init_state(seed)
+
+    def restored(self, experiment: Experiment, checkpoints: Checkpoints) -> TrainState | None:
+        """The state of the newest whole checkpoint, None where none was ever saved.
+
+        Raises:
+            ValueError: see `Checkpoints.restore`.
+        """
+        programs = self.programs(experiment)
+        abstract = jax.eval_shape(programs.init_state, np.uint32(0))
+        return checkpoints.restore(abstract, programs.state_sharding)
 
     def train(
         self,
         experiment: Experiment,
-        *,
-        checkpoints: Checkpoints | None = None,
-        checkpoint_every: int = 0,
-        on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+        state: TrainState | None = None,
+        schedule: Schedule | None = None,
+        programs: Programs | None = None,
+        **options: Any,
     ) -> tuple[TrainingResult, float]:
-        """Trains, from the newest checkpoint if there is one; also returns the seconds it took."""
-        config, programs = experiment.config, self.programs(experiment)
-        seed = jnp.uint32(config["seed"])
-        state = None
-        if checkpoints is not None:
-            abstract = jax.eval_shape(programs.init_state, seed)
-            state = checkpoints.restore(abstract, programs.state_sharding)
+        """Trains; also returns the seconds it took.
+
+        Args:
+            experiment: what.
+            state: from where, consumed; None is the beginning.
+            schedule: of the run or a branch; None is the run's.
+            programs: of the experiment's shape, where they are not to be the usual ones.
+            options: see `qat.training.loop.train`.
+        """
         start = time.perf_counter()
         result = train(
-            programs,
-            programs.init_state(seed) if state is None else state,
-            constants_for(self.model(experiment), experiment.policy),
-            experiment.schedule,
+            programs or self.programs(experiment),
+            self.fresh(experiment) if state is None else state,
+            constants_for(experiment.model, experiment.policy),
+            schedule or experiment.schedule,
             self.batches(experiment)[0],
-            on_log=on_log,
-            checkpoints=checkpoints,
-            checkpoint_every=checkpoint_every,
+            **options,
         )
         return result, time.perf_counter() - start
 
     def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
         """Validation loss of each sequence under a policy, which need not be the trained one."""
-        constants = constants_for(self.model(experiment), policy)
+        constants = constants_for(experiment.model, policy)
         batches = self.batches(experiment)[1]
         return evaluate(self.programs(experiment), params, constants, batches)
+
+    def errors(self, experiment: Experiment, params: Any) -> str:
+        """Every quantizer's error on a batch of validation text, as a table."""
+        tokens_BT = self.batches(experiment)[1].batch_at(0)[:, :-1]
+        policy = dataclasses.replace(experiment.policy, mode="fake")  # rounds alike, and shows it
+        whole = multihost_utils.process_allgather(params, tiled=True)
+        model = model_of(experiment.model, policy, whole)
+        return qat.nnx.error_table(qat.nnx.quantization_errors(model, tokens_BT))
 
     def row(
         self,
@@ -158,14 +186,17 @@ class Lab:
         result: TrainingResult,
         wall_s: float,
         losses: LossesOfSequences,
+        schedule: Schedule | None = None,
     ) -> Row:
-        """The result row of a trained model."""
-        config, model, policy = experiment.config, self.model(experiment), experiment.policy
+        """The result row of a trained model; cost and tokens are those of its schedule alone."""
+        config, model, policy = experiment.config, experiment.model, experiment.policy
         loss, loss_se = mean_and_standard_error(losses)
+        schedule = schedule or experiment.schedule
+        tokens = experiment.tokens // experiment.schedule.total_steps * schedule.total_steps
         return Row(
-            run_id=self.run_id(experiment),
+            run_id=self.run_id(experiment, schedule),
             params=model.params,
-            tokens=experiment.tokens,
+            tokens=tokens,
             weight_bits=policy.bits("weights"),
             activation_bits=policy.bits("activations"),
             kv_bits=policy.bits("kv_cache"),
@@ -179,13 +210,13 @@ class Lab:
             learning_rate=config["learning_rate"],
             schedule=config["schedule"]["name"],
             flops=flops.train_flops(
-                experiment.tokens,
+                tokens,
                 matrix_params(model),
                 model.layers,
                 model.width,
                 config["data"]["sequence_length"],
             ),
-            status=result.status,
+            status=result.status if np.isfinite(loss) else "diverged",
             wall_s=wall_s,
             data_fingerprint=self.dataset(experiment).fingerprint,
             config_hash=experiment.config_hash,

@@ -1,9 +1,21 @@
-"""How every program starts and fails: bad input gives one line and a non-zero exit."""
+"""How every program starts and ends: bad input gives one line, and an exit code says the rest.
 
+0    done
+2    bad input, or a file that cannot be read or written; one line on standard error says which
+3    done, and a run diverged; its row says so
+75   preempted (SIGTERM): run the same command again
+130  stopped by Ctrl-C; the same command goes on too
+
+Nothing heavy is imported here, so that a misspelt flag is answered at once and Ctrl-C is heard from
+the start; programs may import what takes seconds inside their `main`.
+"""
+
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -11,17 +23,24 @@ from ml_collections import config_flags
 from launch import cpu
 
 BAD_INPUT = 2
+DIVERGED = 3
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 STOPPED = 130  # what a shell reports for Ctrl-C
 
+_SHOW_CURSOR = b"\x1b[?25h"  # which progress bars hide
 
-def run(main: Callable[[list[str]], None], required: Sequence[str] = ()) -> None:
+
+def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -> None:
     """Parses flags, runs `main`, and turns bad input into one line on standard error.
 
     Args:
-        main: takes the arguments that are not flags.
+        main: takes the arguments that are not flags; returns the exit code, None for 0.
         required: flags that must be given.
     """
-    logging.set_verbosity(logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave("preempted", PREEMPTED))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, lambda number, frame: _leave("stopped", STOPPED))
+    logging.set_verbosity(logging.FATAL)  # errors are raised, and told in one line
     cpu.keep_freed_memory()
     for name in required:
         flags.mark_flag_as_required(name)
@@ -45,17 +64,26 @@ def read_config(name: str = "config") -> dict[str, Any]:
     return config
 
 
-def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}: this program takes --flags only")
     try:
-        main(argv)
+        return main(argv)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+
+
+def _leave(word: str, code: int) -> NoReturn:
+    """Ends at once, wherever the program is: whatever it was writing appears whole or not at all.
+
+    An exception instead could be lost in code that imports or calls back.
+    """
+    with contextlib.suppress(RuntimeError):  # the signal came amid a print
         sys.stdout.flush()
-        os._exit(STOPPED)  # without waiting for runs in other threads, which are repeated anyway
+    if sys.stdout.isatty():
+        os.write(1, _SHOW_CURSOR)
+    os.write(2, f"{word}; the same command goes on from here\n".encode())
+    os._exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -78,7 +106,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def _fail(reason: str) -> None:
+def _fail(reason: str) -> NoReturn:
     line = " ".join(reason.split())
     print(f"error: {line}", file=sys.stderr)
     sys.exit(BAD_INPUT)

@@ -7,7 +7,7 @@ import jax
 from launch.experiment import Experiment
 from launch.progress import Meter
 from models.task import matrix_params
-from qat.training import flops
+from qat.training import devices, flops
 from qat.training.scalars import Writer, points
 from qat.training.step import Metrics
 from qat.training.throughput import Throughput, peak_of
@@ -34,18 +34,11 @@ def watcher(
     return on_log
 
 
-def throughput_of(
-    experiment: Experiment, peak: Callable[[str, str], float | None] = lambda kind, dtype: None
-) -> Throughput:
-    """What measures the speed of an experiment on all devices, by its model's analytic FLOPs.
-
-    Args:
-        experiment: what is trained.
-        peak: (device kind, dtype) → FLOPs a second of one device, or None if that is unknown.
-    """
+def throughput_of(experiment: Experiment) -> Throughput:
+    """What measures the speed of an experiment on all devices, by its model's analytic FLOPs."""
     config, model = experiment.config, experiment.model
     length = config["data"]["sequence_length"]
     tokens = config["batch_size"] * length
     work = flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
     kinds = [device.device_kind for device in jax.devices()]
-    return Throughput(tokens, work, peak_of(kinds, model.dtype, peak))
+    return Throughput(tokens, work, peak_of(kinds, model.dtype, devices.peak))

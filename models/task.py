@@ -80,6 +80,15 @@ def constants_for(config: TransformerConfig, policy: Policy | Rules | None) -> C
     return split(model)[2]
 
 
+def model_of(
+    config: TransformerConfig, policy: Policy | Rules | None, params: Params
+) -> Transformer:
+    """A model at a policy's precision with these parameters."""
+    graph = split(_abstract(config, policy))[0]
+    model: Transformer = nnx.merge(graph, params, constants_for(config, policy))
+    return model
+
+
 def matrix_params(config: TransformerConfig) -> int:
     """Parameters that take part in a matrix product, for counting FLOPs: no norms, no embedding."""
     return config.kernel_params + config.width * config.vocabulary

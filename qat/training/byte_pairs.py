@@ -92,20 +92,20 @@ class BytePairsOfCorpus:
     """Byte pairs still to be learned.
 
     Attributes:
-        size: number of ids, that of the separator included.
+        vocabulary_size: number of ids, that of the separator included.
     """
 
-    size: int
+    vocabulary_size: int
 
     @property
     def name(self) -> str:
         """The spelling `parse_tokenizer` accepts."""
-        return f"bpe:{self.size}"
+        return f"bpe:{self.vocabulary_size}"
 
     @property
     def identity(self) -> str:
         """A hash of all that decides the merges, but for the text."""
-        return _hash({"byte pairs of the corpus": self.size, "words": WORDS})
+        return _hash({"byte pairs of the corpus": self.vocabulary_size, "words": WORDS})
 
     def fit(self, texts: Callable[[], Iterable[str]]) -> BytePairs:
         """Learns the merges, which depend on the texts but not on their order.
@@ -118,13 +118,13 @@ class BytePairsOfCorpus:
         learned = tokenizers.Tokenizer(tokenizers.models.BPE())
         learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=self.size - 1,
+            vocab_size=self.vocabulary_size - 1,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         learned.train_from_iterator(texts(), trainer)
         ids = learned.get_vocab()
-        if len(ids) < self.size - 1:
+        if len(ids) < self.vocabulary_size - 1:
             raise ValueError(
                 f"tokenizer {self.name!r}: the corpus has pairs for {len(ids) + 1} ids only; "
                 f"expected a larger corpus, or at most 'bpe:{len(ids) + 1}'"

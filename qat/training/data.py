@@ -120,6 +120,11 @@ class Batches:
     order: grain.MapDataset
     batch_size: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a whole batch, (batch_size, T + 1)."""
+        return self.batch_size, self.records.shape[1]
+
     def batch_at(self, step: int, rows: slice = slice(None)) -> Int32[np.ndarray, "B S"]:
         """Rows of the batch of a step: token ids, int32, shape (B, T + 1).
 

@@ -2,18 +2,24 @@
 
 The loop holds no state of its own. Batch and rate are functions of the step number in the state,
 so a run that goes on from a checkpoint does exactly what the uninterrupted run would have done.
+
+The device never waits for the host: what a step reports is read while the step after it runs. Only
+a checkpoint reads all, since it has to wait for the state anyway; so every metric is reported
+before a checkpoint that covers it is begun.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from qat.training.checkpoint import Checkpoints
-from qat.training.data import Batches
+from qat.training.processes import PreemptedError, RowsByStep, place
 from qat.training.schedule import Schedule
 from qat.training.step import Constants, Metrics, Programs, TrainState
+
+OnLog = Callable[[int, Sequence[Metrics]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,8 @@ class TrainingResult:
     Attributes:
         state: after the last step.
         status: "ok", or "diverged" once a loss was not finite.
-        losses: training loss, nats per token, by the number of steps taken when it was logged.
+        losses: training loss of every step this process took, nats per token, by the number of
+            steps then taken; a loss that is not finite is the last.
     """
 
     state: TrainState
@@ -36,12 +43,14 @@ def train(
     state: TrainState,
     constants: Constants,
     schedule: Schedule,
-    batches: Batches,
+    batches: RowsByStep,
     *,
+    stop: int | None = None,
     log_every: int = 50,
-    on_log: Callable[[int, Metrics], None] = lambda step, metrics: None,
+    on_log: OnLog = lambda step, metrics: None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 0,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Trains from the state's step to the schedule's end.
 
@@ -51,27 +60,59 @@ def train(
         constants: what the model needs beside its parameters.
         schedule: its `total_steps` is where training ends.
         batches: of training records, by step.
-        log_every: steps between readings of the loss, which is also how soon a divergence ends
+        stop: steps after which to end earlier; None is the schedule's end.
+        log_every: steps between readings of the metrics, which is also how soon a divergence ends
             the run.
-        on_log: called with the steps taken and their metrics.
+        on_log: called with a number of steps taken and the metrics of those since the last call,
+            float32 scalars on the host; every step is reported once.
         checkpoints: where to save; None saves nothing.
         checkpoint_every: steps between checkpoints; 0 saves at the end alone.
+        preempted: asked before every step whether to save and stop.
+
+    Raises:
+        PreemptedError: `preempted` said so; everything is saved.
+        ValueError: the state is beyond where to stop.
+        OSError: a checkpoint cannot be written.
     """
+    start, end = int(state.step), schedule.total_steps if stop is None else stop
+    if start > end:
+        raise ValueError(f"the state is at step {start}: expected at most {end}, where to stop")
     losses: dict[int, float] = {}
-    status = "ok"
-    start, total = int(state.step), schedule.total_steps
-    for step in range(start, total):
-        tokens_BS = jax.device_put(batches.batch_at(step), programs.batch_sharding)
-        state, metrics = programs.train_step(state, constants, schedule, tokens_BS)
-        taken = step + 1
-        if taken % log_every == 0 or taken == total:
-            losses[taken] = float(metrics.loss)
-            on_log(taken, metrics)
-            if not math.isfinite(losses[taken]):
-                status = "diverged"
-                break
-        if checkpoints and checkpoint_every and taken % checkpoint_every == 0 and taken < total:
+    unread: list[Metrics] = []  # of the last steps taken
+
+    def report(taken: int, running: int) -> bool:
+        """Reads all steps but the newest `running`; whether their losses are finite."""
+        first = taken - len(unread) + 1
+        metrics = _read(unread, len(unread) - running)
+        losses.update({first + index: float(each.loss) for index, each in enumerate(metrics)})
+        if metrics:
+            on_log(first + len(metrics) - 1, metrics)
+        return not metrics or math.isfinite(metrics[-1].loss)
+
+    for taken in range(start, end + 1):
+        stops = taken == end or preempted()
+        due = stops or (checkpoint_every > 0 and taken % checkpoint_every == 0)
+        saves = checkpoints is not None and due and taken > start
+        reads_all = stops or saves
+        if (reads_all or taken % log_every == 0) and not report(taken, 0 if reads_all else 1):
+            return TrainingResult(state, "diverged", losses)
+        if checkpoints and saves:
             checkpoints.save(state)
-    if checkpoints and int(state.step) > start and status == "ok":
-        checkpoints.save(state)
-    return TrainingResult(state, status, losses)
+        if stops:
+            break
+        tokens_BS = place(batches, taken, programs.batch_sharding)
+        state, metrics = programs.train_step(state, constants, schedule, tokens_BS)
+        unread.append(metrics)
+    if checkpoints:
+        checkpoints.wait()
+    if taken < end:
+        raise PreemptedError(f"stopped after {taken} of {end} steps")
+    return TrainingResult(state, "ok", losses)
+
+
+def _read(unread: list[Metrics], count: int) -> list[Metrics]:
+    """Takes the oldest off the list and waits for them; ends with a loss that is not finite."""
+    metrics: list[Metrics] = jax.device_get(unread[:count])
+    del unread[:count]
+    finite = [math.isfinite(each.loss) for each in metrics]
+    return metrics[: finite.index(False) + 1] if False in finite else metrics

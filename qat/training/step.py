@@ -14,7 +14,7 @@ Shapes: B sequences, A parts, T tokens, S = T + 1 tokens of a record, V vocabula
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from qat.training.processes import RowsByStep, place
 from qat.training.schedule import Schedule, learning_rate
 from qat.training.sharding import BATCH, LogicalAxes, constrain, on_mesh, state_shardings
 
@@ -182,12 +183,12 @@ def token_losses(
 
 
 def evaluate(
-    programs: Programs, params: Params, constants: Constants, batches: Iterable[np.ndarray]
+    programs: Programs, params: Params, constants: Constants, batches: RowsByStep
 ) -> Float[np.ndarray, " R"]:
     """Mean loss of each of R sequences, nats per token, float64; to be averaged or paired."""
     losses = [
-        programs.eval_step(params, constants, jax.device_put(tokens, programs.batch_sharding))
-        for tokens in batches
+        programs.eval_step(params, constants, place(batches, step, programs.batch_sharding))
+        for step in range(len(batches))
     ]
     return np.concatenate([np.asarray(loss, np.float64) for loss in losses])
 

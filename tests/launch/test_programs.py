@@ -1,8 +1,10 @@
 """The programs as a user calls them: bad input, a run that goes on, the demo in small."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_collections
@@ -88,6 +90,57 @@ def test_a_missing_config_file_is_named():
     result = run("launch.train", "--config=configs/tini.py", "--workdir=/tmp/never")
     assert result.returncode == 2
     assert result.stderr.startswith("error: config file 'configs/tini.py' cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator=here:1"], "expected all three or none"),
+        (["--coordinator=here", "--processes=2", "--process_id=0"], "expected host:port"),
+        (["--coordinator=here:1", "--processes=2", "--process_id=2"], "less than --processes=2"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process_id=1", "--start_seconds=1"],
+            "did not find one another within 1 s",
+        ),
+    ],
+)
+def test_processes_that_cannot_meet_end_with_one_line(arguments, message, tmp_path):
+    workdir = tmp_path / "run"
+    result = run("launch.train", "--config=configs/tiny.py", f"--workdir={workdir}", *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert not workdir.exists()
+
+
+def test_help_names_the_exit_codes_and_is_quick_to_say():
+    result = run("launch.train", "--help")
+    assert "75 preempted by SIGTERM, run the same command again" in " ".join(result.stdout.split())
+    for flag in ("--workdir", "--keep_every", "--coordinator"):
+        assert flag in result.stdout
+    loaded = "import sys, launch.train; print('jax' in sys.modules)"
+    quick = [sys.executable, "-c", loaded]
+    assert subprocess.run(quick, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 75, "preempted")]
+)
+def test_a_signal_amid_imports_is_one_line(sent, code, word, tmp_path):
+    config = tmp_path / "slow.py"
+    begun = tmp_path / "begun"
+    config.write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(60)")
+    command = [sys.executable, "-m", "launch.train", f"--config={config}", "--workdir=never"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    while not begun.exists():
+        time.sleep(0.01)
+    process.send_signal(sent)
+    assert process.communicate(timeout=60) == (
+        "",
+        f"{word}; the same command goes on from here\n",
+    )
+    assert process.returncode == code
 
 
 def test_training_writes_a_row_once(corpus, tmp_path):
