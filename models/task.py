@@ -14,7 +14,7 @@ import qat.nnx
 from models.transformer import Transformer, TransformerConfig, split
 from qat.policy import Policy, Rules
 from qat.training.scaling import Scaling
-from qat.training.sharding import LogicalAxes
+from qat.training.sharding import LogicalAxes, constrain
 from qat.training.step import Constants, Params, Task
 
 AXES: LogicalAxes = (
@@ -54,13 +54,19 @@ def language_model(
     def apply(
         params: Params, constants: Constants, key: jax.Array, tokens_BT: jax.Array
     ) -> jax.Array:
-        model = nnx.merge(graph, params, constants)
+        model = nnx.merge(graph, _gathered(params), constants)
         if noisy:
             qat.nnx.set_key(model, key)
         logits_BTV: jax.Array = model(tokens_BT)
         return logits_BTV
 
     return Task(init, apply, AXES)
+
+
+def _gathered(params: Params) -> Params:
+    """The parameters, the embedding whole along its width: a lookup in parts of rows is none."""
+    embedding = constrain(params["embed"]["embedding"], "vocabulary", None)
+    return {**params, "embed": {**params["embed"], "embedding": embedding}}
 
 
 def scaled(config: TransformerConfig, scaling: Scaling) -> TransformerConfig:

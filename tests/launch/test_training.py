@@ -10,10 +10,11 @@ import pytest
 from configs import experiment
 from launch import training
 from launch.lab import Lab
-from launch.training import Saving
+from launch.training import Saving, Watching
 from qat.training.results import read_rows
 
 SAVING = Saving(every=4, keep=2, keep_every=0)
+WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def go(corpus, shared_lab, tmp_path, monkeypatch):
         config.model.layers = 1
         config.evaluation_batches = 4
         config.update(changes)
-        return training.run(config.to_dict(), tmp_path / name, tmp_path / "data", saving)
+        return training.run(config.to_dict(), tmp_path / name, tmp_path / "data", saving, WATCHING)
 
     return go
 

@@ -8,6 +8,7 @@ from launch import progress
 from launch.experiment import Experiment
 from launch.progress import Meter
 from launch.watch import throughput_of, watcher
+from qat.training import devices
 from qat.training.step import Metrics
 
 
@@ -29,7 +30,8 @@ def metrics(steps):
 def test_bar_and_plots_get_every_step_and_the_speed(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     experiment = Experiment.from_config(tiny.get_config().to_dict())
-    throughput, writer = throughput_of(experiment, lambda kind, dtype: 1e12), Kept()
+    monkeypatch.setattr(devices, "peak", lambda kind, dtype: 1e12)
+    throughput, writer = throughput_of(experiment), Kept()
     with Meter("Training", 488, "steps") as meter:
         meter.skip(300)
         on_log = watcher(meter, throughput, [writer])

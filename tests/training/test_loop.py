@@ -98,7 +98,7 @@ def test_a_run_preempted_before_its_first_step_saves_nothing(programs, tmp_path)
 
 @pytest.mark.parametrize(
     ("policy", "tolerance"),
-    # A rounding that flips between device counts costs up to 1e-2 from there on; these do not flip.
+    # A rounding that flips changes all that follows by up to 1e-2; at this rate none flips.
     [("none", 1e-5), ("w4a8kv4", 1e-4)],
 )
 def test_a_run_goes_on_with_fewer_devices(programs, fewer, tmp_path, policy, tolerance):
@@ -107,8 +107,8 @@ def test_a_run_goes_on_with_fewer_devices(programs, fewer, tmp_path, policy, tol
         with Checkpoints(tmp_path, {}) as checkpoints:
             state = checkpoints.restore(abstract(on), on.state_sharding)
             options = {"state": state, "stop": stop, "checkpoints": checkpoints}
-            losses.update(run(on, policy, seed=1, **options).losses)
-    expected = run(programs, policy, seed=1, stop=10).losses
+            losses.update(run(on, policy, peak=1e-3, **options).losses)
+    expected = run(programs, policy, peak=1e-3, stop=10).losses
     assert list(losses) == list(expected)
     np.testing.assert_allclose([*losses.values()], [*expected.values()], rtol=tolerance)
 
