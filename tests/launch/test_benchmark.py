@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from launch import timing
-from launch.benchmarks import layers, models
+from launch.benchmarks import layers, models, training
 from launch.benchmarks.contenders import OURS, SCHEMES
 from launch.benchmarks.others import AQT, QWIX
 
@@ -203,3 +203,18 @@ def test_bad_input_is_one_line(tmp_path):
     assert result.stderr.startswith("error: --json=")
     assert "it exists already" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_training_is_compared_with_the_matrix_product(monkeypatch, capsys):
+    monkeypatch.setattr(training, "SHAPES", {"tiny": training._shape(16, 1, 2, 1, 2, 8)})
+    monkeypatch.setattr(training, "MATRIX", 64)
+    yardstick, *rows = training.run(["tiny"], rounds=2)
+    assert (yardstick["share_of_product"], yardstick["ratio_to_plain"]) == (1, 1)
+    assert [row["policy"] for row in rows] == ["no policy", "none", "w8a8"]
+    plain = rows[0]
+    assert plain["ratio_to_plain"] == 1
+    model = training.SHAPES["tiny"].model
+    work = 6 * 2 * 8 * (model.kernel_params + 16 * 256) + 3 * 4 * 16 * 8 * 2 * 8
+    assert plain["flops"] == work
+    assert plain["gflops_per_s"] == pytest.approx(work / plain["ms"] / 1e6)
+    assert "share of product" in capsys.readouterr().out
