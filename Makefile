@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow" --durations=20
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -13,15 +13,10 @@ width is the base of the scaling rule.
 Cost: about a minute on 2 cores.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from flax import nnx
 from ml_collections import config_flags
 
 from launch import timing
@@ -29,10 +24,7 @@ from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.main import read_config, run
 from launch.progress import Meter
-from models.probe import activations
-from models.task import constants_for
-from models.transformer import Transformer
-from qat.training.processes import place
+from launch.widening import changes_of, exponents
 
 config_flags.DEFINE_config_file("config", None, "Experiment to widen (required).")
 _WIDTHS = flags.DEFINE_list("widths", ["32", "64", "128", "256"], "Widths; the first is the base.")
@@ -53,39 +45,6 @@ def main(argv: list[str]) -> None:
             changes.append(changes_of(lab, Experiment.from_config(config), _STEPS.value))
             meter.advance(1)
     print(f"\nRoot mean square change after {_STEPS.value} steps\n\n{_table(widths, changes)}")
-
-
-def changes_of(lab: Lab, experiment: Experiment, steps: int) -> dict[str, float]:
-    """Root mean square change of every place's activations by `steps` steps of training."""
-    programs, model = lab.programs(experiment), experiment.model
-    constants = constants_for(model, experiment.policy)
-    train, validation = lab.batches(experiment)
-    tokens_BT = jnp.asarray(validation.batch_at(0)[:, :-1])
-    policy = experiment.policy
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, policy, rngs=nnx.Rngs(0))))
-
-    @jax.jit
-    def places(params: object) -> dict[str, jax.Array]:
-        return activations(nnx.merge(graph, params, constants), tokens_BT)
-
-    state = programs.init_state(jnp.uint32(experiment.config["seed"]))
-    before = places(state.params)
-    schedule = dataclasses.replace(experiment.schedule, warmup_steps=1)  # full rate at once
-    for step in range(steps):
-        batch = place(train, step, programs.batch_sharding)
-        state, _ = programs.train_step(state, constants, schedule, batch)
-    after = places(state.params)
-    moved = jax.tree.map(lambda a, b: jnp.sqrt(jnp.mean(jnp.square(a - b))), after, before)
-    return {place: float(change) for place, change in moved.items()}
-
-
-def exponents(widths: Sequence[int], changes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Slope of log change over log width in every place, by least squares."""
-    logs_W = np.log(widths)
-    return {
-        place: float(np.polyfit(logs_W, np.log([change[place] for change in changes]), 1)[0])
-        for place in changes[0]
-    }
 
 
 def _widths() -> list[int]:

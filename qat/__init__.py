@@ -5,9 +5,10 @@ The doors to Flax, to files, to post-training quantization and to scaling laws a
 `import qat` stays light.
 """
 
-import importlib
-from types import ModuleType
+import importlib as _importlib
+from types import ModuleType as _ModuleType
 
+from qat.convolution import conv_general_dilated
 from qat.dot_general import dot_general
 from qat.einsum import einsum
 from qat.formats import Format, codebook, parse_format
@@ -25,6 +26,7 @@ __all__ = [
     "Quantizer",
     "Rules",
     "codebook",
+    "conv_general_dilated",
     "dot_general",
     "einsum",
     "fake_quant",
@@ -41,7 +43,11 @@ __all__ = [
 _ROOMS = ("laws", "linen", "nnx", "ptq", "storage")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> _ModuleType:
     if name in _ROOMS:
-        return importlib.import_module(f"qat.{name}")
+        return _importlib.import_module(f"qat.{name}")
     raise AttributeError(f"module 'qat' has no attribute {name!r}")

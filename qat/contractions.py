@@ -27,10 +27,15 @@ import jax
 
 _CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 _LOOKUP = "gather"  # listed where it is marked as quantized: a row of a quantized table
+_DOORS = {
+    "dot_general": "qat.dot_general or qat.einsum",
+    "conv_general_dilated": "qat.conv_general_dilated",
+}
 _LAYER, _QUANTIZED = "qat.layer", "qat"
 _MARK = re.compile(r"(qat\.layer|qat)\[([^\]]*)\]")
 # Whose frames are not the source of a contraction; the last two wrap functions that they check.
 _NEVER_SOURCES = ("jax", "qat", "jaxtyping", "beartype")
+_IN_LAYER = "layer "
 _LIBRARIES = ("flax", *_NEVER_SOURCES)
 
 
@@ -41,7 +46,8 @@ class Contraction:
     Attributes:
         operation: the primitive, such as "dot_general".
         equation: its axes as an einsum, such as "ab,bc->ac"; a convolution's in XLA's letters
-            (b batch, f features, i and o of the kernel, digits for space), "b01f,01io->b01f".
+            (b batch, f features, i and o of the kernel, digits for space), "b01f,01io->b01f"; ""
+            of a layer that was not traced, whose class is the operation.
         lhs_shape: of the left-hand operand; inside `shard_map`, of one device's part.
         rhs_shape: of the right-hand operand.
         count: how often it runs, scan lengths multiplied; None inside a while loop, whose length
@@ -50,6 +56,7 @@ class Contraction:
         source: the user's line, "model.py:12 (Mlp.__call__)", else Flax's; "" where neither is.
         layer: path of the innermost `layer_scope`, or None.
         quantized: description of the `quantized_scope` it ran in, or None.
+        in_flax: whether it is Flax that contracts, called from the user's line.
     """
 
     operation: str
@@ -61,12 +68,23 @@ class Contraction:
     source: str
     layer: str | None
     quantized: str | None
+    in_flax: bool = False
 
     def __str__(self) -> str:
-        """Operation, equation, shapes and count in a line."""
+        """Operation, equation, shapes and count in a line, so far as they are known."""
+        if not self.equation:
+            return " ".join([self.operation, *("×".join(map(str, s)) for s in self._shapes if s)])
         shapes = ", ".join("×".join(map(str, s)) or "scalar" for s in self._shapes)
         count = "" if self.count == 1 else f", {self.count or 'unknown'} times"
         return f"{self.operation} {self.equation} ({shapes}{count})"
+
+    @property
+    def advice(self) -> str:
+        """What can be done about a contraction that no layer knows of."""
+        if self.in_flax:
+            return "Flax's own code, which has no place for another contraction"
+        door = _DOORS.get(self.operation)
+        return f"use {door} there" if door else "which has no quantized counterpart"
 
     @property
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -97,7 +115,9 @@ class ContractionReport:
 
     def __str__(self) -> str:
         """Path, contraction and verdict."""
-        verdict = self.quantized or f"skipped: {self.reason}"
+        traced = bool(self.contraction.equation)
+        quantized = self.quantized if traced else f"will quantize {self.quantized}"
+        verdict = quantized if self.quantized else f"skipped: {self.reason}"
         return f"{self.path or '(root)'}: {self.contraction}: {verdict}"
 
 
@@ -107,9 +127,11 @@ class ConversionReport:
 
     Attributes:
         lines: in the order in which the program runs them.
+        note: what the lines leave open, or "".
     """
 
     lines: tuple[ContractionReport, ...] = ()
+    note: str = ""
 
     @property
     def quantized(self) -> tuple[ContractionReport, ...]:
@@ -128,13 +150,28 @@ class ConversionReport:
         return len(self.lines)
 
     def __str__(self) -> str:
-        """A line each."""
-        return "\n".join(map(str, self.lines)) or "no contraction"
+        """A line each, and the note."""
+        lines = [*map(str, self.lines), *([self.note] if self.note else [])]
+        return "\n".join(lines) or "no contraction"
 
 
-def layer_scope(path: str) -> contextlib.AbstractContextManager[Any]:
-    """Marks all that is traced within as belonging to the layer at this path."""
-    return jax.named_scope(f"{_LAYER}[{_without_brackets(path)}]")
+@contextlib.contextmanager
+def layer_scope(path: str) -> Iterator[None]:
+    """Marks all that is traced within, and errors too, as belonging to the layer at this path."""
+    with naming_layer(path), jax.named_scope(f"{_LAYER}[{_without_brackets(path)}]"):
+        yield
+
+
+@contextlib.contextmanager
+def naming_layer(path: str) -> Iterator[None]:
+    """Puts the innermost layer in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        if type(error) is ValueError and not message.startswith(_IN_LAYER):
+            error.args = (f"{_IN_LAYER}{path or '(root)'}: {message}",)
+        raise
 
 
 def quantized_scope(description: str) -> contextlib.AbstractContextManager[Any]:
@@ -158,27 +195,30 @@ def find_contractions(function: Callable[..., Any], *args: Any, **kwargs: Any) -
         filled_args, filled_kwargs = jax.tree.unflatten(structure, filled)
         return [x for x in jax.tree.leaves(function(*filled_args, **filled_kwargs)) if _is_array(x)]
 
-    return list(_walk(jax.make_jaxpr(call)(abstract).jaxpr, 1, "", ""))
+    return list(_walk(jax.make_jaxpr(call)(abstract).jaxpr, 1, "", ("", "")))
 
 
-def _walk(jaxpr: Any, count: int | None, scope: str, source: str) -> Iterator[Contraction]:
-    """The contractions of a jaxpr that runs `count` times, called from a scope and a line."""
+def _walk(
+    jaxpr: Any, count: int | None, scope: str, sources: tuple[str, str]
+) -> Iterator[Contraction]:
+    """The contractions of a jaxpr that runs `count` times, called from a scope and from lines.
+
+    The lines are the innermost that is the user's, and the innermost that is not JAX's.
+    """
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, list(_inner_jaxprs(eqn.params.values()))
         if name not in (*_CONTRACTIONS, _LOOKUP) and not inner:
             continue
         eqn_scope = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
         # In a nested jit frames begin at its function, so the caller's line may be the user's.
-        eqn_source = _source(eqn, _LIBRARIES) or source
+        own = _source(eqn, _LIBRARIES) or sources[0], _source(eqn, _NEVER_SOURCES) or sources[1]
         layer, quantized = _marks(eqn_scope)
         if name in _CONTRACTIONS or (name == _LOOKUP and quantized):
             lhs, rhs = (tuple(operand.aval.shape) for operand in eqn.invars[:2])
-            line = eqn_source or _source(eqn, _NEVER_SOURCES)
-            yield Contraction(
-                name, _equation(eqn), lhs, rhs, count, eqn_scope, line, layer, quantized
-            )
+            where = eqn_scope, own[0] or own[1], layer, quantized, own[1].startswith("flax/")
+            yield Contraction(name, _equation(eqn), lhs, rhs, count, *where)
         for jaxpr_within in inner:
-            yield from _walk(jaxpr_within, _times(eqn, count), eqn_scope, eqn_source)
+            yield from _walk(jaxpr_within, _times(eqn, count), eqn_scope, own)
 
 
 def _inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:

@@ -14,23 +14,32 @@ from qat.dot_general import Axes, contract
 from qat.policy import Policy
 
 
-def conv_general_dilated(policy: Policy | None, key: jax.Array | None = None) -> Callable[..., Any]:
+def conv_general_dilated(
+    policy: Policy | str | None, key: jax.Array | None = None
+) -> Callable[..., jax.Array]:
     """A drop-in for `jax.lax.conv_general_dilated` that quantizes its operands.
 
     Args:
-        policy: named or traced formats; None convolves what it is given.
+        policy: as in `qat.dot_general`.
         key: as in `qat.dot_general`.
 
+    Returns:
+        A function of the arguments of `jax.lax.conv_general_dilated` and one more keyword,
+        ``mask``: 0 where the kernel stays zero, else 1, in a shape that broadcasts to the kernel's.
+        Formats without a zero would fill the gaps of a kernel that was masked before.
+
     Raises:
-        ValueError: the policy's mode is native: there is no native convolution.
+        ValueError: not a policy, or its mode is native: there is no native convolution.
     """
-    if policy is None:
-        return jax.lax.conv_general_dilated
-    if policy.mode == "native":
+    policy = Policy.of(policy)
+    if policy is not None and policy.mode == "native":
         raise ValueError("mode 'native' cannot run a convolution; use mode 'fake' for this layer")
 
-    def convolve(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        return contract(_Convolution(args, tuple(kwargs.items())), policy, key, lhs, rhs)
+    def convolve(
+        lhs: jax.Array, rhs: jax.Array, *args: Any, mask: jax.Array | None = None, **kwargs: Any
+    ) -> jax.Array:
+        operation = _Convolution(args, tuple(kwargs.items()))
+        return contract(operation, policy or Policy(), key, lhs, rhs, mask)
 
     return convolve
 

@@ -48,13 +48,13 @@ class DotGeneral(Protocol):
         ...
 
 
-def dot_general(policy: Policy | None, key: jax.Array | None = None) -> DotGeneral:
+def dot_general(policy: Policy | str | None, key: jax.Array | None = None) -> DotGeneral:
     """A drop-in for `jax.lax.dot_general` that quantizes its operands.
 
     The left-hand side is the activations, the right-hand side the weights, as in Flax layers.
 
     Args:
-        policy: named or traced formats; None multiplies what it is given.
+        policy: with named or traced formats, or its spelling; None multiplies what it is given.
         key: JAX random key; needed where a quantizer rounds stochastically. Use a new one for
             every step and layer.
 
@@ -63,8 +63,9 @@ def dot_general(policy: Policy | None, key: jax.Array | None = None) -> DotGener
         a policy it is always the same one, so that models built with it have equal graphs.
 
     Raises:
-        ValueError: the policy's mode is native, but its formats cannot be multiplied natively.
+        ValueError: not a policy, or its mode is native and its formats cannot be multiplied so.
     """
+    policy = Policy.of(policy)
     if policy is None:
         return plain_dot_general
     if policy.mode == "native":
@@ -139,12 +140,27 @@ class Dot:
 
 
 def contract(
-    operation: Contraction, policy: Policy, key: jax.Array | None, lhs: jax.Array, rhs: jax.Array
+    operation: Contraction,
+    policy: Policy,
+    key: jax.Array | None,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Runs an operation in fake mode; lhs are the activations, rhs the weights."""
+    """Runs an operation in fake mode.
+
+    Args:
+        operation: what multiplies.
+        policy: of its operands.
+        key: for stochastic rounding.
+        lhs: the activations.
+        rhs: the weights.
+        mask: 0 where weights stay zero though their format may have none; else 1.
+    """
     lhs_axes, rhs_axes = operation.axes(lhs, rhs)
     lhs = _quantized(lhs, policy.activations, lhs_axes, key, 0)
     rhs = _quantized(rhs, policy.weights, rhs_axes, key, 1)
+    rhs = rhs if mask is None else jnp.where(mask != 0, rhs, 0)
     if policy.gradients is None:
         return operation(lhs, rhs)
     return _with_quantized_gradients(operation, policy.gradients, key, lhs, rhs)

@@ -19,13 +19,13 @@ from qat.policy import Policy
 Einsum = Callable[..., jax.Array]
 
 
-def einsum(policy: Policy | None, key: jax.Array | None = None) -> Einsum:
+def einsum(policy: Policy | str | None, key: jax.Array | None = None) -> Einsum:
     """A drop-in for `jnp.einsum` of two operands that quantizes them.
 
     The first operand is the activations, the second the weights.
 
     Args:
-        policy: named or traced formats; None multiplies what it is given.
+        policy: as in `qat.dot_general`.
         key: as in `qat.dot_general`.
 
     Returns:

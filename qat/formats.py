@@ -270,7 +270,20 @@ _ALIASES = {
     "e2m3fn": "e2m3",
     "e3m2fn": "e3m2",
 }
-_INTEGER = re.compile(r"(u?int)([1-9]\d*)(full)?")
+# What people call them elsewhere, without saying which exactly: for error messages.
+_MEANT = {
+    "fp8": "e4m3",
+    "float8": "e4m3",
+    "f8": "e4m3",
+    "bf8": "e5m2",
+    "fp6": "e2m3",
+    "float6": "e2m3",
+    "fp4": "e2m1",
+    "float4": "e2m1",
+    "f4": "e2m1",
+    "float32": "none",
+}
+_INTEGER = re.compile(r"(u?int)(0|[1-9]\d*)(full)?")
 _FLOAT = re.compile(r"e([1-9]\d*)m(\d+)(ieee)?")
 
 
@@ -299,7 +312,7 @@ def parse_format(name: str) -> Format:
     known = [*_NAMED, *_ALIASES, *integers, "int4full", "int8full", "e2m1", "e3m2", "e2m3"]
     raise ValueError(
         f"unknown format {name!r}: expected int1…int16, int2full…, uint1…uint16, ExMy, ternary, "
-        f"binary, nf4, bf16, fp16 or none; nearest is {nearest(key, known)!r}"
+        f"binary, nf4, bf16, fp16 or none; nearest is {_MEANT.get(key, nearest(key, known))!r}"
     )
 
 
@@ -307,7 +320,7 @@ def _parsed_integer(name: str, kind: str, bits: int, full: bool) -> Format:
     fewest = 2 if full or kind == "int" else 1
     suffix = "full" if full else ""
     if not fewest <= bits <= 16 or (full and kind == "uint"):
-        closest = f"{kind}{min(max(bits, fewest), 16)}{suffix if kind == 'int' else ''}"
+        closest = f"{kind}{min(max(bits, 1 + full), 16)}{suffix if kind == 'int' else ''}"
         raise ValueError(f"format {name!r}: integers have 1 to 16 bits, nearest is {closest!r}")
     if kind == "uint":
         return _unsigned(bits)

@@ -8,11 +8,13 @@ are kept compact: one number a group.
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from qat.quantizer import Quantizer
+from qat.spelling import expected_instead
 
 Axis = int | Sequence[int]
 Tile = tuple[int, ...]
@@ -76,8 +78,8 @@ def groups_of(x: Array, quantizer: Quantizer, axis: Axis) -> Groups:
         axis: contraction axis or axes of `x`; all share one scale where there are none.
 
     Raises:
-        ValueError: `axis` is not an axis of `x`; `x` is not floating point; a block size does not
-            divide its axis.
+        ValueError: `axis` is not an axis of `x`; `x` is not floating point, or float64; a block
+            size does not divide its axis.
     """
     axes = _normalized_axes(x, axis)
     if quantizer.granularity == "tensor" or not axes:
@@ -92,8 +94,21 @@ def groups_of(x: Array, quantizer: Quantizer, axis: Axis) -> Groups:
 
 
 def as_tuple(axis: Axis) -> tuple[int, ...]:
-    """One axis or several as a tuple."""
-    return tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
+    """One axis or several as a tuple.
+
+    Raises:
+        ValueError: not an integer, nor several.
+    """
+    several = isinstance(axis, Sequence) and not isinstance(axis, str)
+    axes: Any = axis if several else [axis]
+    try:
+        integers = [operator.index(a) for a in axes if not isinstance(a, bool)]
+    except TypeError:
+        integers = []
+    if len(integers) < len(axes):
+        expected = "the contraction axis, an integer, or several in a tuple"
+        raise ValueError(expected_instead("axis", expected, axis))
+    return tuple(integers)
 
 
 def _block_axes(x: Array, quantizer: Quantizer, axes: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -125,11 +140,16 @@ def _normalized_axes(x: Array, axis: Axis) -> tuple[int, ...]:
     """Non-negative axes, checked against the rank of `x`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays can be quantized, got dtype {x.dtype}")
+    if x.dtype == jnp.float64:
+        raise ValueError("float64 would be rounded to float32 first: expected float32 or narrower")
     axes = as_tuple(axis)
     for a in axes:
         if not -x.ndim <= a < x.ndim:
+            expected = f"{-x.ndim} to {x.ndim - 1}" if x.ndim else "(), as it has none"
             raise ValueError(
-                f"axis {a} is not an axis of an array of shape {x.shape}: "
-                f"expected {-x.ndim} to {x.ndim - 1}"
+                f"axis {a} is not an axis of an array of shape {x.shape}: expected {expected}"
             )
-    return tuple(a % x.ndim for a in axes)
+    normalized = tuple(a % x.ndim for a in axes)
+    if len(set(normalized)) < len(axes):
+        raise ValueError(f"axis {axes} names an axis of an array of shape {x.shape} twice")
+    return normalized

@@ -2,9 +2,10 @@
 
 A scale that is constant along the contraction factors out of it, so a product of codes times the
 product of the scales equals the product of the quantized values, up to the rounding of the
-accumulator: int32 for integers, float32 for floats. What does not factor out, block scales and
-zero points, or has no dtype of its own, codebooks and wide formats, is refused with a reason; the
-fake mode runs everything.
+accumulator: int32 for integers, float32 for floats. A sum of integers that int32 might not hold
+(from 133,000 products of int8 on) is made of shorter ones, added in float32. What does not factor
+out, block scales and zero points, or has no dtype of its own, codebooks and wide formats, is
+refused with a reason; the fake mode runs everything.
 
 Each operand takes the narrowest dtype that holds all values of its format, so int3 runs as int4
 and e2m1 as float8_e4m3fn; two integers of different widths run in the wider. CPUs have no int4
@@ -18,6 +19,7 @@ multiply the quantized values as the fake mode does.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +33,7 @@ from qat.policy import Policy
 from qat.quantization import code_values, key_for
 from qat.quantizer import Quantizer
 
+_LARGEST_INT32 = 2**31 - 1
 _DTYPES = (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
@@ -58,11 +61,13 @@ class Coded:
         values: float32 values of the format's grid.
         scale: float32, of the same rank, 1 along every axis that shares a scale.
         dtype: in which the values are multiplied.
+        largest: magnitude of the format.
     """
 
     values: jax.Array
     scale: jax.Array
     dtype: Any
+    largest: float
 
     def factors_out_of(self, axes: Sequence[int]) -> bool:
         """Whether the scale is constant along these axes."""
@@ -77,7 +82,8 @@ def coded(
     if quantizer.scale in ("fixed", "learned"):  # others are not a number where x is not
         lost = jnp.any(jnp.isnan(values), axis=axes, keepdims=True)
         scale = jnp.where(lost, jnp.nan, scale)
-    return Coded(values, scale, _native_dtype(quantizer.host_format()))
+    fmt = quantizer.host_format()
+    return Coded(values, scale, _native_dtype(fmt), max(fmt.max_value, -fmt.lowest))
 
 
 def native_product(lhs: Coded, rhs: Coded, numbers: DimensionNumbers) -> jax.Array:
@@ -89,7 +95,7 @@ def native_product(lhs: Coded, rhs: Coded, numbers: DimensionNumbers) -> jax.Arr
         numbers: as of `jax.lax.dot_general`.
     """
     contracted, batch = numbers
-    product = _multiply(lhs, rhs, numbers)
+    product = _product_of_parts(lhs, rhs, numbers)
     lhs_scale = _result_scale(lhs.scale, contracted[0], batch[0])
     rhs_scale = _result_scale(rhs.scale, contracted[1], batch[1])
     return product * _broadcast_product(lhs_scale, rhs_scale, len(batch[0]))
@@ -184,6 +190,28 @@ def _refusal(quantizer: Quantizer) -> str | None:
     if _native_dtype(quantizer.format) is None:
         return f"are in {quantizer.format}, which fits none of int4, int8, e4m3 and e5m2"
     return None
+
+
+def _product_of_parts(lhs: Coded, rhs: Coded, numbers: DimensionNumbers) -> jax.Array:
+    """Product of the values, where int32 cannot hold it the sum of two of half as many terms.
+
+    The last contracted axis that can be is halved: the first are batches, which devices share.
+    """
+    lhs_axes, rhs_axes = numbers[0]
+    lengths = [lhs.values.shape[axis] for axis in lhs_axes]
+    largest_sum = math.prod(lengths) * lhs.largest * rhs.largest
+    if jnp.issubdtype(lhs.dtype, jnp.floating) or largest_sum <= _LARGEST_INT32:
+        return _multiply(lhs, rhs, numbers)
+    last = max(i for i, length in enumerate(lengths) if length > 1)
+    halves = zip(_halves(lhs, lhs_axes[last]), _halves(rhs, rhs_axes[last]), strict=True)
+    first, second = (_product_of_parts(*half, numbers) for half in halves)
+    return first + second
+
+
+def _halves(x: Coded, axis: int) -> list[Coded]:
+    """Both halves of the values along an axis."""
+    parts = jnp.split(x.values, [x.values.shape[axis] // 2], axis)
+    return [dataclasses.replace(x, values=part) for part in parts]
 
 
 def _multiply(lhs: Coded, rhs: Coded, numbers: DimensionNumbers) -> jax.Array:

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from qat.spelling import expected_instead
+
 _START = 0x9E3779B9  # zero is a fixed point of the permutation
+_FEWEST_WORDS = 2  # of a raw key
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
@@ -35,9 +38,20 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 
 
 def words_of(key: Array) -> UInt32[Array, " words"]:
-    """The words of a JAX key, typed or raw."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return (jax.random.key_data(key) if typed else key).astype(jnp.uint32)
+    """The words of one JAX key, typed or raw.
+
+    Raises:
+        ValueError: not a key, or several.
+    """
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and ndim == 0:
+        return jax.random.key_data(key)
+    if typed or dtype != jnp.uint32 or ndim != 1 or key.size < _FEWEST_WORDS:
+        expected = "one JAX random key, such as jax.random.key(0)"
+        value = key if dtype is None else f"{dtype} of shape {tuple(key.shape)}"
+        raise ValueError(expected_instead("key", expected, value))
+    return jnp.asarray(key)
 
 
 def fold(words: UInt32[Array, "*stack words"], number: Array) -> UInt32[Array, "*stack more"]:

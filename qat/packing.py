@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer, UInt8, UInt32
 
 _TRITS = 5  # a byte
@@ -55,9 +56,10 @@ def pack_codes(codes: Integer[Array, "..."], layout: Layout) -> UInt8[Array, " b
     """Codes in C order as `pack_bits` or, if ternary, `pack_trits` stores them.
 
     Args:
-        codes: integers that `layout` has bits for.
+        codes: integers that `layout` has bits for; gathered from a mesh with explicit axes.
         layout: of the format.
     """
+    codes = _whole(codes)
     wide = codes.astype(jnp.int32)
     if layout.kind == "ternary":
         return pack_trits(wide + 1)
@@ -162,6 +164,15 @@ def unpack_trits(packed: UInt8[Array, " bytes"], count: int) -> UInt8[Array, " c
     """The digits that `pack_trits` packed, as uint8; `count` says how many there are."""
     digits = [packed // jnp.uint8(3**i) % jnp.uint8(3) for i in range(_TRITS)]
     return jnp.stack(digits, axis=1).reshape(-1)[:count]
+
+
+def _whole(x: Array) -> Array:
+    """`x` on every device, where its type says that it is in parts: a string of bytes has none."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    whole: Array = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return whole
 
 
 def _group(bits: int) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from qat.pytree import register_unchecked
 from qat.quantizer import Granularity, Quantizer
-from qat.spelling import expected_one_of, nearest, nearest_few
+from qat.spelling import expected_instead, expected_one_of, nearest, nearest_few
 
 Mode = Literal["fake", "native"]
 
@@ -33,6 +34,8 @@ _OPERANDS: dict[str, tuple[str, Granularity]] = {
     "grad": ("gradients", "token"),
 }
 _ALWAYS_PRESENT = ("w", "a", "kv")
+_NAMES = {"bitnet": {"w": "ternary/tensor/absmean", "a": "int8/token"}, "none": {}}
+_EMPTY = "nothing"
 _UNQUANTIZED_BITS = "16"
 _TERM = re.compile(
     r"(kv|w|a|q|p|grad)"
@@ -42,7 +45,7 @@ _TERM = re.compile(
 )
 
 
-@jax.tree_util.register_dataclass
+@register_unchecked
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Quantizers of the operands of a layer; None leaves an operand out of the program.
@@ -86,9 +89,23 @@ class Policy:
             raise ValueError(expected_one_of("mode", mode, get_args(Mode)))
         given = (weights, activations, kv_cache, queries, probabilities, gradients)
         for (field, _), quantizer in zip(_OPERANDS.values(), given, strict=True):
-            parsed = Quantizer.parse(quantizer) if isinstance(quantizer, str) else quantizer
-            object.__setattr__(self, field, parsed)
+            checked = None if quantizer is None else Quantizer.of(quantizer, field)
+            object.__setattr__(self, field, checked)
         object.__setattr__(self, "mode", mode)
+
+    @classmethod
+    def of(cls, policy: "Policy | str | None") -> "Policy | None":
+        """The policy itself, or the one that is spelled; None stays None. What every door takes.
+
+        Raises:
+            ValueError: neither, or as `parse`.
+        """
+        if isinstance(policy, str):
+            return cls.parse(policy)
+        if policy is not None and not isinstance(policy, cls):
+            expected = "a Policy, its spelling such as 'w4a8', or None"
+            raise ValueError(expected_instead("policy", expected, policy))
+        return policy
 
     @classmethod
     def parse(cls, text: str) -> "Policy":
@@ -99,25 +116,24 @@ class Policy:
         of 128; "wmxfp4amxfp8", "wnf4" and "wnvfp4anvfp4" name whole quantizers; 16 means
         unquantized, as in "w4a16"; "none" quantizes nothing; "bitnet" is ternary weights with one
         mean scale and int8 activations per token (arXiv 2402.17764). After it may follow operands
-        with their quantizers, and a mode: "w8a8, gradients e5m2/token/stochastic, native".
+        with their quantizers, and a mode: "w8a8, gradients e5m2/token/stochastic, native". Without
+        a shorthand there are no other operands, as in "weights int4/channel"; "nothing" has none.
 
         Raises:
             ValueError: not a shorthand, or an unknown format, operand or mode.
         """
-        shorthand, *terms = (part.strip() for part in text.split(","))
-        operands: dict[str, Any] = {
-            _OPERANDS[letter][0]: Quantizer.parse(quantizer)
-            for letter, quantizer in _spelled_operands(shorthand).items()
-        }
-        for term in terms:
-            name, _, quantizer = term.partition(" ")
-            if quantizer and name in cls.__dataclass_fields__ and name != "mode":
-                operands[name] = Quantizer.parse(quantizer.strip())
-            elif term in get_args(Mode):
-                operands["mode"] = term
-            else:
+        if not isinstance(text, str):
+            raise ValueError(expected_instead("policy", "text, such as 'w4a8'", text))
+        first, *others = (part.strip() for part in text.lower().split(","))
+        fields = {} if first == _EMPTY else _parsed_term(first)
+        if fields is None:
+            spelled = _spelled_operands(first).items()
+            fields = {_OPERANDS[letter][0]: Quantizer.parse(word) for letter, word in spelled}
+        for term in others:
+            if (new := _parsed_term(term)) is None:
                 raise ValueError(_unknown_policy(text, f"{term!r} is neither operand nor mode"))
-        return cls(**operands)
+            fields |= new
+        return cls(**fields)
 
     def operands(self) -> dict[str, Quantizer | None]:
         """Operand names and their quantizers."""
@@ -140,14 +156,14 @@ class Policy:
         """All that is compiled into a program, in words."""
         native = self.mode == "native"  # its formats are compiled in
         present = {name: q for name, q in self.operands().items() if q is not None}
-        named = [f"{name} {q if native else q.structure}" for name, q in present.items()]
+        named = [f"{name} {q if native else q.program}" for name, q in present.items()]
         return ", ".join([*named, *(["native"] if native else [])]) or "nothing"
 
     @property
     def description(self) -> str:
         """The quantized operands and how, "weights int4/channel, activations int8/tensor"."""
         present = {name: q for name, q in self.operands().items() if q is not None}
-        named = [f"{name} {q.spelling}" for name, q in present.items() if q.quantizes]
+        named = [f"{name} {q}" for name, q in present.items() if q.quantizes]
         return ", ".join([*named, *(["native"] if named and self.mode == "native" else [])])
 
     def bits(self, operand: str) -> float:
@@ -161,13 +177,25 @@ class Policy:
         return "none" if quantizer is None else quantizer.host_format().name
 
     def __str__(self) -> str:
-        """The shorthand, without what it cannot say; "none" where nothing is quantized."""
-        terms = [
-            letter + _term(self.operands()[field])
-            for letter, (field, _) in _OPERANDS.items()
-            if self.format_name(field) != "none"
-        ]
-        return "".join(terms) or "none"
+        """The shortest text that `parse` reads as this policy.
+
+        Only what has a name can be read again: not numbers given as `value`, a user's own format
+        or, in its place, "traced".
+        """
+        shorthand = "".join(map(_term, _OPERANDS, self.operands().values())) or "none"
+        texts = [self._text_after(start) for start in (shorthand, *_NAMES, None)]
+        return min((text for text in texts if text is not None), key=len)
+
+    def _text_after(self, start: str | None) -> str | None:
+        """The spelling that begins so, without anything for None, or None if there is none."""
+        assumed = Policy() if start is None else Policy.parse(start)
+        pairs = [(name, q, assumed.operands()[name]) for name, q in self.operands().items()]
+        others = [(name, q) for name, q, old in pairs if str(q) != str(old)]
+        if any(q is None for _, q in others):
+            return None
+        native = [self.mode] if self.mode == "native" else []
+        terms = [*([start] if start else []), *(f"{name} {q}" for name, q in others), *native]
+        return ", ".join(terms) or _EMPTY
 
 
 @jax.tree_util.register_pytree_node_class
@@ -185,17 +213,11 @@ class Rules:
 
     def __init__(self, rules: Iterable[tuple[str, Policy | str | None]]):
         """Stores the pairs in order and checks that every pattern compiles."""
-        if isinstance(rules, dict):
-            raise ValueError(
-                "rules are pairs in order: expected [(pattern, policy), …], got a dict"
-            )
-        pairs = [(pattern, _as_policy(policy)) for pattern, policy in rules]
-        object.__setattr__(self, "rules", tuple(pairs))
-        for pattern, _ in self.rules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
+        items = [] if isinstance(rules, dict | str) or not isinstance(rules, Iterable) else [*rules]
+        if not items:
+            expected = "pairs (pattern, policy) in order, such as [('head', None), ('.*', 'w4a8')]"
+            raise ValueError(expected_instead("rules", expected, rules))
+        object.__setattr__(self, "rules", tuple(map(_checked_rule, items)))
 
     @classmethod
     def of(cls, rules: "AnyRules") -> "Rules":
@@ -219,17 +241,30 @@ class Rules:
         if (rule := self.match(path)) is not None:
             return rule[1]
         patterns = ", ".join(repr(pattern) for pattern, _ in self.rules)
-        raise ValueError(f"no rule matches the layer {path!r}: expected one of {patterns}")
+        layer = repr(path) if path else "(root)"
+        raise ValueError(f"no rule matches the layer {layer}: expected one of {patterns}")
 
-    def check_all_match(self, paths: Iterable[str]) -> None:
-        """Raises ValueError for a rule that matches none of the paths; it lists the nearest."""
-        paths = list(paths)
+    def check_all_match(self, paths: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Raises ValueError for a rule that matches no path of a layer; it lists the nearest.
+
+        Args:
+            paths: of layers.
+            others: that a rule may match too.
+        """
+        paths, others = list(paths), list(others)
         for pattern, _ in self.rules:
-            if not any(re.fullmatch(pattern, path) for path in paths):
+            if not any(re.fullmatch(pattern, path) for path in (*paths, *others)):
                 near = ", ".join(map(repr, nearest_few(pattern, paths))) or "none at all"
                 raise ValueError(f"rule {pattern!r} matches no layer; nearest paths are {near}")
 
-    def tree_flatten(self) -> tuple[tuple[Policy | None, ...], tuple[str, ...]]:
+    @staticmethod
+    def why_unquantized(pattern: str, policy: Policy | None, operands: Iterable[str]) -> str:
+        """Why a rule leaves these operands of a layer as they are."""
+        if policy is None or not policy.description:
+            return f"unquantized by rule {pattern!r}"
+        return f"rule {pattern!r} quantizes no {', '.join(operands)}"
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         """The policies as children, the patterns as structure."""
         return tuple(policy for _, policy in self.rules), tuple(p for p, _ in self.rules)
 
@@ -244,25 +279,43 @@ class Rules:
 AnyRules = Rules | Policy | str | Iterable[tuple[str, Policy | str | None]] | None
 
 
-def _as_policy(policy: Policy | str | None) -> Policy | None:
-    return Policy.parse(policy) if isinstance(policy, str) else policy
+def _checked_rule(rule: Any) -> tuple[str, Policy | None]:
+    """A rule with its policy read."""
+    if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+        raise ValueError(expected_instead("rule", "a pair (pattern, policy)", rule))
+    try:
+        re.compile(rule[0])
+    except re.error as error:
+        raise ValueError(f"rule {rule[0]!r} is not a regular expression: {error}") from None
+    return rule[0], Policy.of(rule[1])
 
 
-def _term(quantizer: Quantizer | None) -> str:
-    """What follows the letter of a quantized operand."""
-    assert quantizer is not None
-    if "/" not in str(quantizer):
-        return str(quantizer)  # a whole quantizer's name
-    term = re.sub(r"^int(?!16$)(?=\d+$)", "", quantizer.host_format().name)
-    return term + (f"g{quantizer.block_size}" if quantizer.granularity == "block" else "")
+def _parsed_term(term: str) -> dict[str, Any] | None:
+    """The field that "gradients e5m2/token" or "native" sets; None of anything else."""
+    name, _, quantizer = term.partition(" ")
+    if quantizer and name in (field for field, _ in _OPERANDS.values()):
+        return {name: Quantizer.parse(quantizer)}
+    return {"mode": term} if term in get_args(Mode) else None
+
+
+def _term(letter: str, quantizer: Quantizer | None) -> str:
+    """An operand in shorthand, such as "w4"; nothing where it needs none or has none."""
+    default = f"none/{_OPERANDS[letter][1]}"
+    if quantizer is None or (letter in _ALWAYS_PRESENT and str(quantizer) == default):
+        return ""
+    name, _, rest = str(quantizer).partition("/")
+    bits = _UNQUANTIZED_BITS if name == "none" else re.sub(r"^int(?!16$)(?=\d+$)", "", name)
+    size = re.fullmatch(r"block:(\d+)", rest)
+    term = f"{letter}{bits}" + (f"g{size[1]}" if size else "")
+    match = _TERM.fullmatch(term)
+    exact = match is not None and str(Quantizer.parse(_spelled(*match.groups()))) == str(quantizer)
+    return term if exact else ""
 
 
 def _spelled_operands(shorthand: str) -> dict[str, str]:
     """Operand letter → quantizer, of a whole shorthand."""
-    if shorthand == "bitnet":
-        spelled = {"w": "ternary/tensor/absmean", "a": "int8/token"}
-    else:
-        spelled = {} if shorthand == "none" else _shorthand_terms(shorthand)
+    named = _NAMES.get(shorthand)
+    spelled = dict(named) if named is not None else _shorthand_terms(shorthand)
     for letter in _ALWAYS_PRESENT:
         spelled.setdefault(letter, f"none/{_OPERANDS[letter][1]}")
     return spelled

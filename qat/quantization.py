@@ -60,6 +60,12 @@ class QTensor:
         """Bytes held in memory by codes and scales; `pack` takes fewer."""
         return int(sum(leaf.nbytes for leaf in jax.tree.leaves(self)))
 
+    def __repr__(self) -> str:
+        """Format and shapes, without the numbers."""
+        shape = getattr(self.codes, "shape", None)
+        scales = getattr(getattr(self.scale, "scale", None), "shape", None)
+        return f"QTensor({self.format}, shape={shape}, scales={scales}, dtype={self.dtype})"
+
     def pack(self) -> "PackedTensor":
         """The same array at the true width of its codes and scales."""
         from qat.storage import pack
@@ -67,9 +73,18 @@ class QTensor:
         return pack(self)
 
     def dequantize(self) -> Float[Array, "..."]:
-        """The array in its original dtype; equal to `fake_quant` of it bit for bit."""
+        """The array in its original dtype; equal to `fake_quant` of it bit for bit.
+
+        Raises:
+            ValueError: the axes of a stack do not lead, as after `jax.vmap` with other `out_axes`.
+        """
         stack = (1,) * (self.codes.ndim - len(self.tile))
         groups = Groups(self.codes.shape, stack + self.tile)
+        if groups.compact_shape != self.scale.scale.shape:
+            raise ValueError(
+                f"codes of shape {self.codes.shape} with scales of shape {self.scale.scale.shape} "
+                f"for tiles {self.tile}: expected {groups.compact_shape}; a stack's axes come first"
+            )
         codes = self.codes.astype(jnp.int32)
         if not self.format.scaled:  # under a scale, the scale says what is not a number
             codes = jnp.where(codes == jnp.iinfo(self.codes.dtype).min, NAN_CODE, codes)
@@ -81,45 +96,51 @@ class QTensor:
 
 
 def fake_quant(
-    x: Float[Array, "..."], quantizer: Quantizer, axis: Axis, key: Array | None = None
+    x: Float[Array, "..."], quantizer: Quantizer | str, axis: Axis, key: Array | None = None
 ) -> Float[Array, "..."]:
     """Quantizes and dequantizes; the gradient passes straight through, as `quantizer` says.
 
     Args:
         x: floating-point array.
-        quantizer: with a named or a traced format.
+        quantizer: with a named or a traced format, or its spelling.
         axis: contraction axis or axes of `x`.
         key: JAX random key, for stochastic rounding.
 
     Returns:
         Array of the shape and dtype of `x`. Within a millionth of float32's largest value, where
-        the rounded scale times the format's largest value overflows, the result is infinite.
+        the rounded scale times the format's largest value overflows, the result is infinite. A
+        scale is at most 2**126, so formats whose largest value is below 4 (nf4, ternary, binary,
+        int2) saturate at 8.5e37 times that; and at least 2**-126, as float32 below 1.2e-38 is
+        zero to most hardware.
 
     Raises:
-        ValueError: `x` is not floating point; `axis` is not an axis of it; a block size does not
-            divide its axis; no key for stochastic rounding; no value for a fixed scale.
+        ValueError: not a quantizer; `x` is not floating point, or float64; `axis` is not an axis of
+            it; a block size does not divide its axis; no key for stochastic rounding, or several;
+            no value for a fixed scale.
     """
-    quantized: Array = _fake_quant(_as_array(x), quantizer, as_tuple(axis), key)
+    quantized: Array = _fake_quant(_as_array(x), Quantizer.of(quantizer), as_tuple(axis), key)
     return quantized
 
 
 def quantize(
-    x: Float[Array, "..."], quantizer: Quantizer, axis: Axis, key: Array | None = None
+    x: Float[Array, "..."], quantizer: Quantizer | str, axis: Axis, key: Array | None = None
 ) -> QTensor:
     """Quantizes to stored codes and scales.
 
     Codes have no room for NaN: it makes its whole group NaN, under a fixed or learned scale too,
-    where `fake_quant` keeps it to itself.
+    where `fake_quant` keeps it to itself. Formats without a scale lose float32's subnormals on
+    hardware that has none, where `fake_quant` may keep them.
 
     Args:
         x: floating-point array.
-        quantizer: needs a named format.
+        quantizer: with a named format, or its spelling.
         axis: contraction axis or axes of `x`.
         key: JAX random key, for stochastic rounding.
 
     Raises:
         ValueError: as `fake_quant`; the format is traced.
     """
+    quantizer = Quantizer.of(quantizer)
     quantizer.host_format()
     stored: QTensor = _quantize(_as_array(x), quantizer, as_tuple(axis), key)
     return stored

@@ -5,8 +5,9 @@ input dtype. XLA turns a division by a broadcast value into a product with its r
 likes, so we multiply by reciprocals ourselves. Float32 scales are rounded to 20 significant bits:
 that absorbs the last-bit errors of a round trip, so that the absmax scale of an already quantized
 array is the same number and quantization is idempotent bit for bit, while a largest magnitude
-still maps to the format's largest value. Scales stay between 2^-126 and 2^126, where reciprocals
-are normal.
+still maps to the format's largest value. In bfloat16 and float16 that holds for symmetric formats
+only: where the ends of a range are rounded to 8 or 11 bits, so is the range. Scales stay between
+2^-126 and 2^126, where reciprocals are normal.
 
 Under stochastic rounding scales are rounded up, so that no value saturates and the expectation is
 kept. OCP's rule for e8m0 (floor) would saturate values above the format's largest, as MX does
@@ -192,22 +193,40 @@ def _shifted(low: Array, high: Array, quantizer: Quantizer) -> Scale:
     """Scale and zero point that map low … high, and 0, to all codes.
 
     Where both ends lie half-way between integers, rounding would lose a code and a second pass
-    would shrink the range: then the next smaller scale is taken. Stochastic rounding gives one
-    code away, so that neither end saturates wherever the integers lie.
+    would shrink the range: then the next smaller scale is taken.
     """
-    grid, up = quantizer.grid, quantizer.rounding == "stochastic"
+    grid = quantizer.grid
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     steps = grid.max_value - grid.min_value
-    wanted = jnp.maximum(steps - 1, 1) if up else steps
-    scale = _short((high - low) * (1 / wanted), up)
-    if not up:
+    scale = _short((high - low) * (1 / steps), False)
+    if quantizer.rounding == "stochastic":
+        scale, below = _unsaturated(low, high, steps, scale)
+    else:
         reached = jnp.round(high * (1 / scale)) - jnp.round(low * (1 / scale))
         scale = jnp.where(reached < steps, _next_shorter(scale), scale)
-    scale = jnp.where(grid.scaled, scale, 1)
-    lowest = low * (1 / scale)
-    zero_point = grid.min_value - (jnp.floor(lowest) if up else jnp.round(lowest))
-    zero_point = jnp.clip(zero_point, grid.min_value, grid.max_value)
-    return Scale(scale, None, jnp.where(grid.scaled, zero_point, 0))
+        below = -jnp.round(low * (1 / scale))
+    zero_point = jnp.clip(grid.min_value + below, grid.min_value, grid.max_value)
+    return Scale(jnp.where(grid.scaled, scale, 1), None, jnp.where(grid.scaled, zero_point, 0))
+
+
+def _unsaturated(low: Array, high: Array, steps: Array, scale: Array) -> tuple[Array, Array]:
+    """The smallest scale by which neither end saturates by chance, and how many codes lie below 0.
+
+    At `scale` the codes would be shared out in proportion to both sides, but not in whole numbers:
+    either side takes the fraction.
+    """
+    least, most = (low < 0).astype(jnp.float32), steps - (high > 0).astype(jnp.float32)
+
+    def step(length: Array, codes: Array) -> Array:
+        return jnp.where(codes > 0, length * (1 / jnp.maximum(codes, 1)), 0)
+
+    def rounded_by(whole: Callable[[Array], Array]) -> tuple[Array, Array]:
+        below = jnp.clip(whole(-low * (1 / scale)), least, most)
+        return _short(jnp.maximum(step(-low, below), step(high, steps - below)), True), below
+
+    (fewer_scale, fewer), (more_scale, more) = rounded_by(jnp.floor), rounded_by(jnp.ceil)
+    better = fewer_scale < more_scale
+    return jnp.where(better, fewer_scale, more_scale), jnp.where(better, fewer, more)
 
 
 def _next_shorter(scale: Array) -> Array:

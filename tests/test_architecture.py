@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["qat", "models", "configs", "launch"]  # each may import itself and those before
 # The numerics from low to high: each may import those on the lines above its own.
 NUMERICS = [
-    ["spelling"],
+    ["spelling", "pytree"],
     ["grid", "noise", "packing", "labels", "contractions"],
     ["formats"],
     ["quantizer"],

@@ -293,7 +293,7 @@ def test_other_spellings(alias, name):
         ("e4m3foo", "e4m3"),
         ("int", "int"),
         ("", ""),  # nothing is near
-        ("fp4", "nf4"),
+        ("fp4", "e2m1"),
         ("ternery", "ternary"),
         ("e1m3ieee", "e2m3ieee"),
     ],

@@ -233,3 +233,16 @@ class TestPackedTensor:
         for shape in [(0, 3), ()]:
             qtensor = with_codes(np.zeros(shape, np.int8), parse_format("int3"))
             assert_same(pack(qtensor).unpack(), qtensor)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["int3/channel", "ternary/channel", "uint4/channel/zero_point"]
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_arrays_in_parts_on_a_mesh_with_explicit_axes_are_packed(spelling, axis):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    parts = jax.sharding.PartitionSpec(*["x" if a == axis else None for a in range(2)])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8)), jnp.float32)
+    on_mesh = jax.device_put(x, jax.sharding.NamedSharding(mesh, parts))
+    packed = quantize(on_mesh, spelling, axis=0).pack()
+    assert_same(jax.device_get(packed), jax.device_get(quantize(x, spelling, axis=0).pack()))

@@ -1,5 +1,9 @@
 """The policy shorthand and the rules that choose a policy by layer."""
 
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import pytest
 
@@ -109,8 +113,9 @@ def test_an_operand_set_to_none_stays_out_of_the_program():
     assert (policy.bits("activations"), policy.format_name("kv_cache")) == (16, "none")
 
 
-def test_a_policy_without_operands_is_written_none():
-    assert str(Policy()) == "none"
+def test_a_policy_without_operands_is_not_one_with_unquantized_operands():
+    assert str(Policy()) == "nothing"
+    assert Policy.parse("nothing") == Policy() != Policy.parse("none")
 
 
 @pytest.mark.parametrize(
@@ -157,5 +162,56 @@ def test_a_broken_pattern_is_an_error():
 
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_rules_in_no_order_are_an_error():
-    with pytest.raises(ValueError, match="got a dict"):
+    with pytest.raises(ValueError, match=r"rules: expected pairs .* got \{'a'"):
         Rules({"a": "w4"})
+
+
+QUANTIZERS = st.tuples(
+    st.sampled_from(["int4", "int16", "uint4", "e4m3", "e2m1", "ternary", "int1", "nf4", "none"]),
+    st.sampled_from(["tensor", "channel", "token", "block:32", "block:64", "block:8x8"]),
+    st.sampled_from(["absmax", "mse", "absmean", "percentile:99.99", "fixed"]),
+    st.sampled_from(["nearest", "stochastic"]),
+    st.sampled_from(["identity", "trust"]),
+).map("/".join) | st.sampled_from(["mxfp4", "nvfp4", "mxint8", "nf4", "int3/channel"])
+OPERANDS = list(Policy().operands())
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(OPERANDS, QUANTIZERS)),
+    st.sampled_from(["fake", "native"]),
+    st.sampled_from(["none", "w4a8kv4", "bitnet", "wmxfp4gradnvfp4", "nothing"]),
+)
+def test_every_policy_survives_being_written_and_read(operands, mode, start):
+    policy = dataclasses.replace(Policy.parse(start), **operands, mode=mode)
+    assert Policy.parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize("text", ["none", "w4a8", "bitnet", "wnf4, gradients int8/stochastic"])
+def test_a_traced_policy_is_written_too(text):
+    traced = Policy.parse(text).traced()
+    assert "traced" in str(traced) and repr(traced)
+    assert ("16-level codebook" in traced.structure) == ("nf4" in text)
+    assert str(traced.weights).startswith("traced/")
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (Policy.parse("w4a8, gradients e5m2/token"), "w4a8grade5m2"),
+        (Policy.parse("w4g128a8qnf4"), "w4g128a8qnf4"),
+        (Policy.parse("q16"), "q16"),
+        (Policy.parse("a8, weights int8/channel/mse"), "a8, weights int8/channel/mse"),
+        (Policy.parse("bitnet"), "bitnet"),
+        (Policy.parse("bitnet, native"), "bitnet, native"),
+        (Policy("int4/channel", "int8"), "weights int4/channel, activations int8/tensor"),
+        (Policy(mode="native"), "native"),
+    ],
+)
+def test_a_policy_is_written_in_the_shortest_way(policy, text):
+    assert str(policy) == text
+
+
+def test_without_a_shorthand_only_what_is_named_is_present():
+    policy = Policy.parse("weights int4/channel, native")
+    assert policy == Policy("int4/channel", mode="native")

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import InvalidRngError
 
 from qat.contractions import quantized_scope
 from qat.convolution import conv_general_dilated
@@ -98,13 +99,14 @@ def _run_dense(module: nn.Module, policy: Policy, call: Call, *args: Any, **kwar
 
 
 def _run_conv(module: nn.Module, policy: Policy, call: Call, *args: Any, **kwargs: Any) -> Any:
-    def convolve(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def slot(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> Any:
         all_but_features = tuple(range(rhs.ndim - 1))
         full = with_state(module, policy, lhs, rhs, all_but_features)
         with _marked(policy, *_PROJECTION):
-            return conv_general_dilated(full, _noise(module, policy))(lhs, rhs, *args, **kwargs)
+            convolve = conv_general_dilated(full, _noise(module, policy))
+            return convolve(lhs, rhs, *args, mask=module.mask, **kwargs)
 
-    with filled(module, conv_general_dilated=convolve):
+    with filled(module, conv_general_dilated=slot):
         return call(*args, **kwargs)
 
 
@@ -134,7 +136,7 @@ def _run_lookup(module: nn.Embed, policy: Policy, call: Call, inputs: jax.Array)
     table: Any
     (table,) = module.promote_dtype(module.embedding, dtype=module.dtype, inexact=False)
     if (quantizer := with_scale(module, policy.weights, table, -1)) is not None:
-        table = fake_quant(table, quantizer, -1, noise_key(module, quantizer))
+        table = fake_quant(table, quantizer, -1, _key(module, quantizer))
     with filled(module, embedding=table), _marked(policy, "weights"):
         return call(inputs)  # type: ignore[no-any-return]
 
@@ -192,7 +194,7 @@ def _takes_einsums(module: Any) -> bool:
 def _operand(module: nn.Module, quantizer: Quantizer | None, name: str, x: jax.Array) -> jax.Array:
     """An operand of attention, quantized along its last axis."""
     quantizer = with_range(module, quantizer, name, x)
-    return x if quantizer is None else fake_quant(x, quantizer, -1, noise_key(module, quantizer))
+    return x if quantizer is None else fake_quant(x, quantizer, -1, _key(module, quantizer))
 
 
 def _dot_general(module: nn.Module, policy: Policy) -> DotGeneral:
@@ -223,7 +225,18 @@ def _dot_general(module: nn.Module, policy: Policy) -> DotGeneral:
 
 
 def _noise(module: nn.Module, policy: Policy) -> jax.Array | None:
-    return noise_key(module, policy.weights, policy.activations, policy.gradients)
+    return _key(module, policy.weights, policy.activations, policy.gradients)
+
+
+def _key(module: nn.Module, *quantizers: Quantizer | None) -> jax.Array | None:
+    """As `noise_key`, with an error that says what to do."""
+    try:
+        return noise_key(module, *quantizers)
+    except InvalidRngError as error:
+        raise ValueError(
+            "stochastic rounding needs the rng 'noise': apply(…, rngs={'noise': key}), and "
+            "split_rngs={'noise': True, …} of an nn.scan, nn.vmap or nn.RNN around the layer"
+        ) from error
 
 
 def _marked(policy: Policy, *operands: str) -> contextlib.AbstractContextManager[Any]:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import freeze
+from flax.traverse_util import flatten_dict
 
 from qat.contractions import (
     Contraction,
@@ -30,13 +31,16 @@ from qat.contractions import (
     ConversionReport,
     find_contractions,
     layer_scope,
+    naming_layer,
 )
 from qat.linen import layers
 from qat.linen.calls import FLAX_LAYERS, Layer, absent, code_of, filled
 from qat.policy import AnyRules, Policy, Rules
+from qat.spelling import expected_instead
 
 M = TypeVar("M", bound=nn.Module)
 
+_UNTRACED = "(Linen makes layers when they run: give example inputs to see them)"
 _RULES = "quantization_rules"  # attribute of a converted class
 _UNBOUND_METHODS = ("apply", "init", "init_with_output", "lazy_init")
 _in_charge: contextvars.ContextVar["_Conversion | None"] = contextvars.ContextVar(
@@ -67,9 +71,14 @@ def quantize_model(
         empty without inputs, as then no layer can be known.
 
     Raises:
-        ValueError: a layer that no rule matches (here given inputs, else when the model runs); a
-            rule that matches no layer; a module that is bound already.
+        ValueError: no Linen module, or one that is bound already; and, given inputs here, else
+            when the model is first called: a layer that no rule matches; a rule that matches no
+            layer.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            expected_instead("quantize_model", "an instance of a Linen module", module)
+        )
     if module.scope is not None:
         raise ValueError(
             f"quantize_model takes an unbound module, got {module.path} of a bound one"
@@ -80,8 +89,9 @@ def quantize_model(
     plain, converted = (
         kind(**{**fields, "parent": None}) for kind in (original, _converted_class(original, rules))
     )
-    report = _report(plain, converted, inputs, kwargs) if inputs or kwargs else ConversionReport()
-    return converted, report
+    if not inputs and not kwargs:
+        return converted, ConversionReport(note=_UNTRACED)
+    return converted, _report(plain, converted, inputs, kwargs)
 
 
 def _converted_class(original: type[M], rules: Rules) -> type[M]:
@@ -96,7 +106,7 @@ def _new_class(original: type[M], rules: Rules) -> type[M]:
     names = [n for n in dir(original) if n == "__call__" or not n.startswith("_")]
     methods = {n: getattr(original, n) for n in names if n != "setup"}
     wrapped = {
-        name: _converting_method(method)
+        name: _converting_method(method, checks=name == "__call__")
         for name, method in methods.items()
         if name in _UNBOUND_METHODS or hasattr(method, "method_handler_wrapped")  # Flax's mark
     }
@@ -108,31 +118,34 @@ def _new_class(original: type[M], rules: Rules) -> type[M]:
 _cached_class: Callable[..., Any] = functools.lru_cache(maxsize=64)(_new_class)
 
 
-def _converting_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the model that runs converted."""
+def _converting_method(method: Callable[..., Any], checks: bool) -> Callable[..., Any]:
+    """A method of the model that runs converted; `checks` that every rule has a layer."""
 
     @functools.wraps(method, updated=())
     def converting(self: Any, *args: Any, **kwargs: Any) -> Any:
         root = 0 if self.scope is None else len(self.path)
         notes = current.notes if (current := _in_charge.get()) else None
-        with _taking_charge(_Conversion(getattr(type(self), _RULES), root, notes)):
+        with _taking_charge(_Conversion(getattr(type(self), _RULES), root, notes)) as conversion:
             _forbid_reuse(self)
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
+            if checks:
+                conversion.check_rules(self)
+            return result
 
     return nn.nowrap(converting)
 
 
 @contextlib.contextmanager
-def _taking_charge(conversion: "_Conversion") -> Iterator[None]:
-    """Intercepts method calls, unless this very model is in charge already."""
+def _taking_charge(conversion: "_Conversion") -> Iterator["_Conversion"]:
+    """Intercepts method calls, unless this very model is in charge already; gives what is."""
     current = _in_charge.get()
     if current and (current.rules, current.root) == (conversion.rules, conversion.root):
-        yield
+        yield current
         return
     token = _in_charge.set(conversion)
     try:
         with nn.intercept_methods(conversion):
-            yield
+            yield conversion
     finally:
         _in_charge.reset(token)
 
@@ -145,11 +158,13 @@ class _Conversion:
         rules: that decide.
         root: how many parts of a module's path lead to the converted model.
         notes: what a report needs to know, while one is made.
+        met: paths of the layers that ran.
     """
 
     rules: Rules
     root: int = 0
     notes: "_Notes | None" = None
+    met: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Runs a method of a module; called by Flax."""
@@ -158,25 +173,39 @@ class _Conversion:
             return call(*args, **kwargs)
         _forbid_reuse(module)
         layer = _LAYERS.get(context.orig_method.func)
-        with contextlib.nullcontext() if self.notes is None else self.notes.scope(module):
+        with self._scope(module):
             policy = layer and self._decide(module, layer)
             if layer is None or policy is None:
                 return call(*args, **kwargs)
             return layer.run(module, policy, call, *args, **kwargs)
 
+    def check_rules(self, model: nn.Module) -> None:
+        """Raises ValueError for a rule that matches no layer, when the model has run.
+
+        Nor any module that did not run this time, but has parameters.
+        """
+        parameters = flatten_dict(model.variables.get("params", {}))
+        holders = {"/".join(path[:n]) for path in parameters for n in range(len(path))}
+        self.rules.check_all_match(self.met, holders)
+
+    def _scope(self, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Names a module in errors, and marks for a report what it contracts."""
+        if self.notes is not None:
+            return self.notes.scope(module)
+        return naming_layer("/".join(module.path))
+
     def _decide(self, module: nn.Module, layer: Layer) -> Policy | None:
         """The policy of a layer; None leaves it as it is."""
         path = "/".join(module.path[self.root :])
+        self.met.add(path)
         policy = self.rules.policy_for(path)
         pattern, _ = self.rules.match(path) or ("", None)
         missing = layer.operands if policy is None else absent(policy, *layer.operands)
         reason: str | None
         if objection := layer.objection(module, policy):
             missing, reason = layer.operands, objection
-        elif policy is None:
-            reason = f"unquantized by rule {pattern!r}"
         elif missing == layer.operands or layer.several:
-            reason = f"rule {pattern!r} quantizes no {', '.join(missing)}"
+            reason = Rules.why_unquantized(pattern, policy, missing)
         else:
             reason = None  # for then it is not the layer's own contraction
         if self.notes is not None:
@@ -204,7 +233,7 @@ class _Notes:
             return ContractionReport(contraction)
         unknown = (
             f"contraction outside any layer this knows, in {self.classes.get(path, 'a function')} "
-            f"at {contraction.source}; use qat.dot_general there"
+            f"at {contraction.source}; {contraction.advice}"
         )
         return ContractionReport(contraction, self.reasons.get(path) or unknown)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from qat.contractions import naming_layer
 from qat.linen.calls import FLAX_LAYERS, code_of
 from qat.policy import Policy
 
@@ -14,7 +15,7 @@ from qat.policy import Policy
 class Dense(nn.Dense):
     """`flax.linen.Dense` under a policy."""
 
-    policy: Policy | None = None
+    policy: Policy | str | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -25,7 +26,7 @@ class Dense(nn.Dense):
 class DenseGeneral(nn.DenseGeneral):
     """`flax.linen.DenseGeneral` under a policy: one scale for each output, over all input axes."""
 
-    policy: Policy | None = None
+    policy: Policy | str | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -36,7 +37,7 @@ class DenseGeneral(nn.DenseGeneral):
 class Einsum(nn.Einsum):
     """`flax.linen.Einsum` under a policy; the kernel is the weights."""
 
-    policy: Policy | None = None
+    policy: Policy | str | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
@@ -47,7 +48,7 @@ class Einsum(nn.Einsum):
 class Embed(nn.Embed):
     """`flax.linen.Embed` under a policy: each row of the table is quantized as one channel."""
 
-    policy: Policy | None = None
+    policy: Policy | str | None = None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Looks up rows of the table (num_embeddings, features) by integer ids."""
@@ -61,7 +62,7 @@ class Embed(nn.Embed):
 class Conv(nn.Conv):
     """`flax.linen.Conv` under a policy: one scale for each output feature."""
 
-    policy: Policy | None = None
+    policy: Policy | str | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -71,11 +72,13 @@ class Conv(nn.Conv):
 
 def _run(module: Any, method: Callable[..., Any], *args: Any) -> jax.Array:
     """A method of Flax's layer under the policy of ours."""
-    code = code_of(method)
+    code, layer = code_of(method), FLAX_LAYERS[code_of(method)]
     call = functools.partial(code, module)
-    if module.policy is None:
-        return call(*args)  # type: ignore[no-any-return]
-    layer = FLAX_LAYERS[code]
-    if objection := layer.objection(module, module.policy):
-        raise ValueError(f"a {type(module).__name__} with a policy: {objection}; expected only one")
-    return layer.run(module, module.policy, call, *args)  # type: ignore[no-any-return]
+    with naming_layer("/".join(module.path)):
+        policy = Policy.of(module.policy)
+        if policy is None:
+            return call(*args)  # type: ignore[no-any-return]
+        if objection := layer.objection(module, policy):
+            kind = type(module).__name__
+            raise ValueError(f"a {kind} with a policy: {objection}; expected only one")
+        return layer.run(module, policy, call, *args)  # type: ignore[no-any-return]

@@ -164,7 +164,7 @@ def _held(module: nn.Module, collection: str, name: str, first: Callable[[], jax
             raise ValueError(
                 f"layer {'/'.join(module.path)!r} has no {name!r} in the collection "
                 f"{collection!r}: initialize the model with its policies, and under nn.scan "
-                f"give that collection an axis"
+                f"give that collection an axis; nn.RNN has no place for it, but NNX's RNN has"
             )
         module.put_variable(collection, name, first())
     return module.get_variable(collection, name)

@@ -23,6 +23,7 @@ from qat.contractions import (
     ConversionReport,
     find_contractions,
     layer_scope,
+    naming_layer,
 )
 from qat.dot_general import dot_general
 from qat.einsum import contracted_axes, einsum
@@ -38,9 +39,11 @@ from qat.nnx.slots import (
 )
 from qat.nnx.state import set_key
 from qat.policy import AnyRules, Policy, Rules
+from qat.spelling import expected_instead
 
 M = TypeVar("M", bound=nnx.Module)
 
+_UNTRACED = "(this is what the layers are; give example inputs to see what runs)"
 _UNQUANTIZED = (
     None,
     jax.lax.dot_general,
@@ -93,22 +96,36 @@ def quantize_model(
 
     Returns:
         A copy to be called as before, and a report: with inputs, of every contraction that runs
-        on them; without, of every layer, and every matrix that no layer here knows of.
+        on them; without, of what every layer is about to do, and every matrix that no layer here
+        knows of.
 
     Raises:
-        ValueError: a layer that no rule matches; a rule that matches no layer; a policy that a
-            layer cannot run.
+        ValueError: not an NNX module; a layer that no rule matches; a rule that matches no layer; a
+            policy that a layer cannot run.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(expected_instead("quantize_model", "an NNX module", model))
     rules, converted = Rules.of(rules), nnx.clone(model)
     nodes = [(_joined(path), node) for path, node in nnx.iter_graph(converted)]
     layers = [(path, node) for path, node in nodes if _kind(node) is not None]
     rules.check_all_match([path for path, _ in layers])
     outcomes = {path: _convert(path, node, rules) for path, node in layers}
-    if inputs or kwargs:
-        lines = _traced_lines(converted, outcomes, inputs, kwargs)
-    else:
-        lines = _declared_lines(nodes, outcomes)
+    if not inputs and not kwargs:
+        return converted, ConversionReport(tuple(_declared_lines(nodes, outcomes)), _UNTRACED)
+    lines = _traced_lines(converted, outcomes, inputs, kwargs)
     return converted, ConversionReport(tuple(lines))
+
+
+class MaskedConvolution(Convolution):
+    """A quantized convolution whose kernel keeps its gaps, in formats without a zero too."""
+
+    def __init__(self, policy: Policy, mask: jax.Array, *args: Any):
+        super().__init__(policy, *args)
+        self.mask = nnx.data(mask)
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Convolves by the unmasked part of the kernel."""
+        return super().__call__(lhs, rhs, *args, mask=self.mask, **kwargs)
 
 
 def _linear(layer: nnx.Linear, policy: Policy, stack: tuple[int, ...]) -> DotGeneral:
@@ -127,7 +144,10 @@ def _einsum(layer: nnx.Einsum, policy: Policy, stack: tuple[int, ...]) -> Einsum
 
 
 def _conv(layer: nnx.Conv, policy: Policy, stack: tuple[int, ...]) -> Convolution:
-    return Convolution(policy, layer.kernel[...], tuple(range(len(layer.kernel_shape) - 1)), stack)
+    kernel = layer.kernel[...], tuple(range(len(layer.kernel_shape) - 1)), stack
+    if layer.mask is None:
+        return Convolution(policy, *kernel)
+    return MaskedConvolution(policy, layer.mask, *kernel)
 
 
 def _embed(layer: nnx.Embed, policy: Policy, stack: tuple[int, ...]) -> DotGeneral:
@@ -174,19 +194,16 @@ def _convert(path: str, layer: Any, rules: Rules) -> _Outcome:
         return _Outcome(reason=f"its {kind.slot} is its own")
     if getattr(layer, "dot_general_cls", None) is not None:
         return _Outcome(reason="its dot_general_cls is its own")
-    if policy is None:
-        return _Outcome(reason=f"unquantized by rule {pattern!r}")
-    if not any(policy.operands()[operand] for operand in kind.operands):
-        return _Outcome(reason=f"rule {pattern!r} quantizes no {', '.join(kind.operands)}")
-    slot = kind.make(layer, policy, _stack(layer, kind))
-    slot.path = path
-    if type(layer) is nnx.Embed:
-        layer.__class__ = Embed
-    setattr(layer, kind.slot, nnx.data(slot))
-    used = policy.restricted(kind.operands)
-    if not used.description:  # their formats are "none", for now
-        return _Outcome(reason=f"rule {pattern!r} quantizes no {', '.join(kind.operands)}")
-    return _Outcome(used)
+    if policy is not None and any(policy.operands()[operand] for operand in kind.operands):
+        with naming_layer(path):
+            slot = kind.make(layer, policy, _stack(layer, kind))
+        slot.path = path
+        if type(layer) is nnx.Embed:
+            layer.__class__ = Embed
+        setattr(layer, kind.slot, nnx.data(slot))
+        if (used := policy.restricted(kind.operands)).description:
+            return _Outcome(used)  # else the formats of its operands are "none", for now
+    return _Outcome(reason=Rules.why_unquantized(pattern, policy, kind.operands))
 
 
 def _stack(layer: Any, kind: _Layer) -> tuple[int, ...]:
@@ -252,12 +269,26 @@ def _line(contraction: Contraction, outcomes: dict[str, _Outcome]) -> Contractio
     outcome = outcomes.get(contraction.layer) if contraction.layer is not None else None
     if outcome is None:
         where = f"outside any layer this knows, at {contraction.source}"
-        return ContractionReport(contraction, f"{where}; use qat.dot_general there")
+        return ContractionReport(contraction, f"{where}; {contraction.advice}")
     if contraction.quantized is None or outcome.policy is None:
-        return ContractionReport(contraction, outcome.reason)
-    lookup = contraction.operation == "gather"
-    used = outcome.policy.restricted(["weights"]) if lookup else outcome.policy
-    return ContractionReport(dataclasses.replace(contraction, quantized=used.description))
+        plain = dataclasses.replace(contraction, quantized=None)
+        return ContractionReport(plain, outcome.reason or f"its own code; {contraction.advice}")
+    used = outcome.policy.restricted(_operands(contraction, outcome.policy)).description
+    reason = None if used else "none of its operands is quantized"
+    return ContractionReport(dataclasses.replace(contraction, quantized=used or None), reason)
+
+
+def _operands(contraction: Contraction, policy: Policy) -> tuple[str, ...]:
+    """Those operands of a layer's policy that meet in one of its contractions."""
+    if contraction.operation == "gather":
+        return ("weights",)
+    if not any(policy.operands()[operand] for operand in ATTENTION):
+        return PROJECTION
+    # Queries and keys have their features last; values are contracted along their length.
+    inputs, _, out = contraction.equation.partition("->")
+    lhs, _, rhs = inputs.partition(",")
+    scores = lhs[-1:] == rhs[-1:] and lhs[-1:] not in out
+    return ("queries", "kv_cache") if scores else ("probabilities", "kv_cache")
 
 
 def _declared_lines(
@@ -267,10 +298,12 @@ def _declared_lines(
     lines = []
     for path, node in nodes:
         if path in outcomes:
-            policy = outcomes[path].policy
+            policy, reason = outcomes[path].policy, outcomes[path].reason
+            if policy is not None and _calls_its_own(node):
+                policy, reason = None, "its __call__ is its own; give example inputs to see"
             described = None if policy is None else policy.description
             layer = _declared(path, type(node).__name__, (), described)
-            lines.append(ContractionReport(layer, outcomes[path].reason))
+            lines.append(ContractionReport(layer, reason))
         elif isinstance(node, nnx.Param) and node.ndim >= 2 and not _is_known(path, outcomes):
             reason = "held by no layer this knows; give example inputs to see what multiplies it"
             lines.append(ContractionReport(_declared(path, "parameter", node.shape, None), reason))
@@ -282,6 +315,13 @@ def _declared(
 ) -> Contraction:
     """What a layer says it contracts, before any input is known."""
     return Contraction(operation, "", (), shape, None, path, "", path, quantized)
+
+
+def _calls_its_own(layer: Any) -> bool:
+    """Whether a layer is of a subclass that may contract in another way."""
+    ours = type(layer).__module__.startswith(("flax.", "qat."))
+    base = next(base for base in _LAYERS if isinstance(layer, base))
+    return not ours and type(layer).__call__ is not base.__call__
 
 
 def _is_known(path: str, outcomes: dict[str, _Outcome]) -> bool:

@@ -23,9 +23,15 @@ class Linear(nnx.Linear):
     """`flax.nnx.Linear` under a policy."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, policy: Policy | None = None, **kwargs: Any
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        policy: Policy | str | None = None,
+        **kwargs: Any,
     ):
-        super().__init__(in_features, out_features, dot_general=dot_general(None), **kwargs)
+        policy = _only(policy, kwargs, "dot_general", dot_general(None))
+        super().__init__(in_features, out_features, **kwargs)
         if policy is not None:
             self.dot_general = nnx.data(DotGeneral(policy, self.kernel[...], 0))
 
@@ -38,10 +44,11 @@ class LinearGeneral(nnx.LinearGeneral):
         in_features: int | Sequence[int],
         out_features: int | Sequence[int],
         *,
-        policy: Policy | None = None,
+        policy: Policy | str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(in_features, out_features, dot_general=dot_general(None), **kwargs)
+        policy = _only(policy, kwargs, "dot_general", dot_general(None))
+        super().__init__(in_features, out_features, **kwargs)
         if policy is not None:
             axes = tuple(range(np.size(self.in_features)))
             self.dot_general = nnx.data(DotGeneral(policy, self.kernel[...], axes))
@@ -55,10 +62,11 @@ class Einsum(nnx.Einsum):
         einsum_str: str,
         kernel_shape: Sequence[int],
         *args: Any,
-        policy: Policy | None = None,
+        policy: Policy | str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(einsum_str, tuple(kernel_shape), *args, einsum_op=einsum(None), **kwargs)
+        policy = _only(policy, kwargs, "einsum_op", einsum(None))
+        super().__init__(einsum_str, tuple(kernel_shape), *args, **kwargs)
         if policy is not None:
             axes = contracted_axes(self.einsum_str, len(self.kernel_shape))
             self.einsum_op = nnx.data(EinsumOp(policy, self.kernel[...], axes))
@@ -69,8 +77,9 @@ class Embed(nnx.Embed):
 
     dot_general: DotGeneral | None
 
-    def __init__(self, *args: Any, policy: Policy | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, policy: Policy | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        policy = Policy.of(policy)
         slot = None if policy is None else DotGeneral(policy, self.embedding[...], -1)
         self.dot_general = nnx.data(slot)
 
@@ -80,8 +89,8 @@ class Embed(nnx.Embed):
             return super().__call__(inputs, out_sharding)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype)
         self.dot_general.observe("weights", table, -1)
-        table = fake_quant(table, quantizer, -1, self.dot_general.key.get_value())
         with self.dot_general.scope():
+            table = fake_quant(table, quantizer, -1, self.dot_general.key.get_value())
             if out_sharding is not None:
                 return table.at[inputs].get(out_sharding=out_sharding)
             return jnp.take(table, inputs, axis=0)
@@ -93,3 +102,14 @@ class Embed(nnx.Embed):
         query, embedding = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         contraction = (((query.ndim - 1,), (1,)), ((), ()))
         return self.dot_general(query, embedding, contraction, out_sharding=out_sharding)
+
+
+def _only(
+    policy: Policy | str | None, kwargs: dict[str, Any], slot: str, plain: Any
+) -> Policy | None:
+    """The policy of a layer whose slot, without one, is the caller's or holds what is plain."""
+    policy = Policy.of(policy)
+    if policy is not None and slot in kwargs:
+        raise ValueError(f"a layer with a policy and a {slot} of its own: expected only one")
+    kwargs.setdefault(slot, plain)
+    return policy

@@ -62,13 +62,13 @@ class Slot(nnx.Module):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | str,
         operands: tuple[str, ...],
         kernel: jax.Array | None = None,
         axis: Axis = 0,
         stack: tuple[int, ...] = (),
     ):
-        policy = policy.restricted(operands)
+        policy = (Policy.of(policy) or Policy()).restricted(operands)
         self.path: str | None = None
         self.operands = operands
         self.policy = PolicyState(stacked(policy.traced(), stack))
@@ -107,9 +107,8 @@ class Slot(nnx.Module):
 class DotGeneral(Slot):
     """A quantized `dot_general` for the slot of that name in any Flax NNX layer."""
 
-    def __init__(self, policy: Policy, *args: Any, **kwargs: Any):
-        if policy.mode == "native":
-            dot_general(policy)  # refuses now what it would refuse later
+    def __init__(self, policy: Policy | str, *args: Any, **kwargs: Any):
+        dot_general(policy)  # refuses now what it would refuse later
         super().__init__(policy, PROJECTION, *args, **kwargs)
 
     def __call__(
@@ -140,7 +139,7 @@ class EinsumOp(DotGeneral):
 class Convolution(Slot):
     """A quantized convolution for the slot of `flax.nnx.Conv`: batch first, channels last."""
 
-    def __init__(self, policy: Policy, *args: Any, **kwargs: Any):
+    def __init__(self, policy: Policy | str, *args: Any, **kwargs: Any):
         conv_general_dilated(policy)  # refuses now what it would refuse later
         super().__init__(policy, PROJECTION, *args, **kwargs)
 
@@ -164,7 +163,9 @@ class FakeQuant(Slot):
         stack: leading axes of a stack of layers that is scanned.
     """
 
-    def __init__(self, policy: Policy, operand: str = "kv_cache", stack: tuple[int, ...] = ()):
+    def __init__(
+        self, policy: Policy | str, operand: str = "kv_cache", stack: tuple[int, ...] = ()
+    ):
         super().__init__(policy, (operand,), stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,7 +179,8 @@ class FakeQuant(Slot):
 class Attention(nnx.Module):
     """Attention with quantized operands, for the `attention_fn` slot of Flax's NNX attention."""
 
-    def __init__(self, policy: Policy, stack: tuple[int, ...] = ()):
+    def __init__(self, policy: Policy | str, stack: tuple[int, ...] = ()):
+        policy = Policy.of(policy) or Policy()
         self.path: str | None = None
         self.structure = policy.restricted(ATTENTION).structure
         self.queries = nnx.data(_optional(policy, "queries", stack))
@@ -196,11 +198,11 @@ class Attention(nnx.Module):
         **kwargs: Any,
     ) -> jax.Array:
         """See `flax.nnx.dot_product_attention`, whose arguments it takes."""
-        query, key, value = (
-            x if quantize is None else quantize(x)
-            for x, quantize in ((query, self.queries), (key, self.keys), (value, self.values))
-        )
         with _marks(self.path, self.structure):
+            query, key, value = (
+                x if quantize is None else quantize(x)
+                for x, quantize in ((query, self.queries), (key, self.keys), (value, self.values))
+            )
             if self.probabilities is None:
                 mixed: jax.Array = nnx.dot_product_attention(
                     query, key, value, bias, mask, **kwargs

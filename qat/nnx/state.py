@@ -147,7 +147,7 @@ def _fitted(path: str, slot: Slot, rules: Rules) -> Policy:
     new = policy.restricted(slot.operands).traced()
     if _structure(new) != _structure(old):
         raise ValueError(
-            f"set_policy: layer {path!r} was compiled for {old.structure}, "
+            f"set_policy: layer {path or '(root)'!r} was compiled for {old.structure}, "
             f"the new policy has {new.structure}"
         )
     fitted: Policy = jax.tree.map(lambda new, old: jnp.broadcast_to(new, old.shape), new, old)

@@ -7,7 +7,7 @@ declares (never guessed from a shape), and reports every parameter, quantized or
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from qat.ptq.rtn import round_to_nearest
 from qat.quantization import QTensor
 from qat.quantizer import Quantizer
-from qat.spelling import expected_one_of
+from qat.spelling import expected_instead, expected_one_of, nearest_few
 
 Model = TypeVar("Model", bound=nnx.Module)
 Method = Callable[[jax.Array, Quantizer, tuple[int, ...]], QTensor]
@@ -45,14 +45,14 @@ class ParameterReport:
 
 
 def quantize(
-    model: Model, method: str, quantizer: Quantizer, skip: str | None = None
+    model: Model, method: str, quantizer: Quantizer | str, skip: str | None = None
 ) -> tuple[Model, list[ParameterReport]]:
     """Quantizes the weights of a trained NNX model.
 
     Args:
         model: any NNX module; it stays as it is.
         method: "rtn".
-        quantizer: of the kernels, along their contraction axes.
+        quantizer: of the kernels, along their contraction axes, or its spelling.
         skip: regular expression; layers whose whole path matches stay unquantized. None skips none.
 
     Returns:
@@ -60,16 +60,17 @@ def quantize(
         every parameter.
 
     Raises:
-        ValueError: unknown method, invalid `skip`, or nothing to quantize.
+        ValueError: not an NNX module or a quantizer, unknown method, a `skip` that is no regular
+            expression or matches no dense layer, or nothing to quantize.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(expected_instead("ptq.quantize", "an NNX module", model))
+    quantizer = Quantizer.of(quantizer)
     if method not in _METHODS:
         raise ValueError(expected_one_of("method", method, _METHODS))
-    try:
-        re.compile(skip or "")
-    except re.error as error:
-        raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
     copy = nnx.clone(model)
     layers = _dense_layers(copy)
+    _check_skip(skip, layers)
     reports = [
         _quantize_parameter(path, parameter, layers, _METHODS[method], quantizer, skip)
         for path, parameter in _parameters(copy)
@@ -79,6 +80,19 @@ def quantize(
             f"nothing to quantize: the model has {len(layers)} dense layers, skip is {skip!r}"
         )
     return copy, reports
+
+
+def _check_skip(skip: str | None, layers: Iterable[str]) -> None:
+    """Raises ValueError where `skip` is no pattern, or that of no layer."""
+    if skip is None:
+        return
+    try:
+        matches = [path for path in layers if re.fullmatch(skip, path)]
+    except re.error as error:
+        raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
+    if not matches:
+        near = ", ".join(map(repr, nearest_few(skip, layers))) or "none at all"
+        raise ValueError(f"skip {skip!r} matches no dense layer; nearest paths are {near}")
 
 
 def _parameters(model: nnx.Module) -> list[tuple[str, nnx.Param[jax.Array]]]:

@@ -185,7 +185,8 @@ def _added(value: Any, name: str, arrays: Arrays) -> str | None:
     if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool)):
         raise TypeError(
             f"{name} is {type(value).__name__}{f' of {dtype}' if dtype else ''}: expected arrays "
-            "of numbers, QTensor, PackedTensor, None, numbers or text, in dicts, lists and tuples"
+            "of numbers, QTensor, PackedTensor, None, numbers or text, in dicts, lists and tuples; "
+            "of an NNX model nnx.to_pure_dict(nnx.state(model, nnx.Not(qat.nnx.PolicyState)))"
         )
     if name in arrays or name == _RESERVED:
         raise ValueError(f"an array cannot be called {name!r}, which is the name of another")

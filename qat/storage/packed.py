@@ -62,6 +62,10 @@ class PackedTensor:
     shape: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     code_dtype: str = dataclasses.field(metadata=_STATIC)
 
+    def __repr__(self) -> str:
+        """Format and shape, without the numbers."""
+        return f"PackedTensor({self.format}, shape={self.shape}, dtype={self.dtype})"
+
     @property
     def nbytes(self) -> int:
         """Bytes held by codes and scales."""

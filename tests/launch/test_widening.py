@@ -3,9 +3,9 @@
 import pytest
 
 from configs import experiment
-from launch.coordinates import changes_of, exponents
 from launch.experiment import Experiment
 from launch.lab import Lab
+from launch.widening import changes_of, exponents
 
 WIDTHS = (64, 256)
 
