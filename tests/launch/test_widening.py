@@ -1,5 +1,6 @@
 """µP keeps the size of updates when a model gets wider; the unscaled rule does not."""
 
+import jax
 import pytest
 
 from configs import experiment
@@ -30,14 +31,14 @@ def measured(corpus, rule, policy):
     config.scaling.rule = rule
     config.scaling.base_width = WIDTHS[0]
     config.scaling.base_heads = config.model.heads
-    lab, changes = Lab(corpus.parent / "data"), []
+    lab, changes = Lab(corpus.parent / "data", jax.devices()[:1]), []
     for width in WIDTHS:
         config.model.width = width
         changes.append(changes_of(lab, Experiment.from_config(config.to_dict()), steps=8))
     return exponents(WIDTHS, changes)
 
 
-@pytest.mark.parametrize("policy", ["none", "w4a8"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "w4a8"])
 def test_updates_keep_their_size_under_mup(corpus, policy):
     slopes = measured(corpus, "mup", policy)
     assert set(slopes) == {"embed", "block 0", "block 1", "logits"}
