@@ -74,7 +74,11 @@ class Experiment:
     @property
     def tokens(self) -> int:
         """D: training tokens, whole batches."""
-        return self.schedule.total_steps * _tokens_per_step(self.config)
+        return self.tokens_of(self.schedule)
+
+    def tokens_of(self, schedule: Schedule) -> int:
+        """Training tokens of the run's schedule or of a branch's."""
+        return schedule.total_steps * _tokens_per_step(self.config)
 
     @property
     def shape(self) -> str:

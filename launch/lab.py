@@ -192,7 +192,7 @@ class Lab:
         config, model, policy = experiment.config, experiment.model, experiment.policy
         loss, loss_se = mean_and_standard_error(losses)
         schedule = schedule or experiment.schedule
-        tokens = experiment.tokens // experiment.schedule.total_steps * schedule.total_steps
+        tokens = experiment.tokens_of(schedule)
         return Row(
             run_id=self.run_id(experiment, schedule),
             params=model.params,

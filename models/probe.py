@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.attention import Positions
 from models.transformer import Transformer
 
 
@@ -15,13 +14,12 @@ def activations(model: Transformer, tokens_BT: Int[Array, "B T"]) -> dict[str, F
     Returns:
         "embed", "block 0", "block 1", …, each (B, T, D), and "logits", (B, T, V).
     """
-    config, tokens = model.config, tokens_BT.shape[1]
-    channels = config.width // config.heads
-    positions = Positions.of(jnp.int32(0), tokens, tokens, channels, config.rope_base)
+    tokens = tokens_BT.shape[1]
+    positions = model.positions(jnp.int32(0), tokens, tokens)
     x_BTD = model.embed(tokens_BT)
     seen = {"embed": x_BTD}
     graph, layers = nnx.split(model.blocks)
-    for index in range(config.layers):
+    for index in range(model.config.layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
         x_BTD, _ = nnx.merge(graph, layer)(x_BTD, positions, None)
         seen[f"block {index}"] = x_BTD

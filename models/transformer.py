@@ -31,7 +31,7 @@ from qat.policy import Policy, Rules
 from qat.spelling import expected_one_of
 from qat.training.sharding import constrain
 
-DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -52,8 +52,8 @@ class TransformerConfig:
         mlp_width: width F of the gated layer; 0 means 8/3 of `width`, rounded up to 8.
         rope_base: base of the rotary frequencies.
         dtype: compute dtype; parameters are float32.
-        unroll: layers that are compiled as a run without a loop, at most `layers`: faster by up to
-            a third on CPU, and slower to compile.
+        unroll: layers that are compiled as a run without a loop, at most `layers`; the compiler
+            then sees them together, and takes longer.
         remat: what the backward pass computes again: "none", "full" or "dots".
         attention_scale: factor of the attention scores; 0 means one over the root of the channels
             of a head.
@@ -79,7 +79,7 @@ class TransformerConfig:
                 raise ValueError(f"{size} = {getattr(self, size)}: expected at least 1")
         if self.mlp_width < 0:
             raise ValueError(f"mlp_width = {self.mlp_width}: expected at least 0")
-        for name, options in (("dtype", DTYPES), ("remat", tuple(_REMAT))):
+        for name, options in (("dtype", _DTYPES), ("remat", tuple(_REMAT))):
             if getattr(self, name) not in options:
                 raise ValueError(expected_one_of(name, getattr(self, name), options))
         for whole, part in (("width", "heads"), ("heads", "kv_heads")):
@@ -230,15 +230,18 @@ class Transformer(nnx.Module):
         zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
         return Cache(zeros, zeros)
 
+    def positions(self, start: Int[Array, ""], tokens: int, longest: int) -> Positions:
+        """Those of `tokens` from `start` on, in sequences of at most `longest`."""
+        channels = self.config.width // self.config.heads
+        return Positions.of(start, tokens, longest, channels, self.config.rope_base)
+
     def _run(
         self, tokens_BT: Array, position: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         """Embedding, the scanned blocks, and the head."""
-        config = self.config
-        tokens = tokens_BT.shape[1]
+        config, tokens = self.config, tokens_BT.shape[1]
         longest = tokens if cache is None else cache.k_BSKC.shape[2]
-        channels = config.width // config.heads
-        positions = Positions.of(position, tokens, longest, channels, config.rope_base)
+        positions = self.positions(position, tokens, longest)
         graph, layers = nnx.split(self.blocks)
 
         def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, tuple[Any, Any]]:

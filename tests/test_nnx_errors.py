@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 import qat.nnx
-from models.attention import Positions
 from models.transformer import Transformer, TransformerConfig
 from qat.formats import codebook, parse_format
 from qat.nnx.format_names import format_name
@@ -136,8 +135,7 @@ def normed_inputs(model):
         for index in range(CONFIG.layers)
     )
     x_BTD = model.embed(TOKENS)
-    tokens, channels = TOKENS.shape[1], CONFIG.width // CONFIG.heads
-    positions = Positions.of(jnp.int32(0), tokens, tokens, channels, CONFIG.rope_base)
+    positions = model.positions(jnp.int32(0), TOKENS.shape[1], TOKENS.shape[1])
     after_BTD, _ = first(x_BTD, positions, None)
     return jnp.stack([first.attention_norm(x_BTD), second.attention_norm(after_BTD)])
 

@@ -29,15 +29,6 @@ def run(*arguments):
     )
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(60):
-        words = " ".join(f"{index} times {k} is {index * k}." for k in range(40))
-        (folder / f"{index}.txt").write_text(words)
-    return folder
-
-
 def small(corpus, **changes):
     config = experiment.get_config()
     config.data.source = f"folder:{corpus}"

@@ -18,15 +18,6 @@ WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(60):
-        words = " ".join(f"{index} times {k} is {index * k}." for k in range(40))
-        (folder / f"{index}.txt").write_text(words)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def shared_lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("data"))
 

@@ -11,15 +11,6 @@ from launch.widening import changes_of, exponents
 WIDTHS = (64, 256)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(60):
-        words = " ".join(f"{index} times {k} is {index * k}." for k in range(40))
-        (folder / f"{index}.txt").write_text(words)
-    return folder
-
-
 def measured(corpus, rule, policy):
     config = experiment.get_config()
     config.data.source = f"folder:{corpus}"
