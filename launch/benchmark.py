@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--json={path}: it exists already; name a new file")
         path.parent.mkdir(parents=True, exist_ok=True)
     if _ONE_CORE.value:
-        cpu.one_thread_per_run()
+        cpu.stay_on_one_core()
     rows = SUITES[_SUITE.value]()
     if path is not None:
         cores = 1 if _ONE_CORE.value else cpu.cores()

@@ -36,3 +36,11 @@ def one_thread_per_run() -> None:
     """Stops XLA from splitting small matrices over cores, for programs that run one run a core."""
     flag = "--xla_cpu_multi_thread_eigen=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+
+def stay_on_one_core() -> None:
+    """Pins the process to one of its cores; XLA then has one thread."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    else:
+        one_thread_per_run()

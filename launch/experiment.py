@@ -4,6 +4,7 @@ An `Experiment` is pure data; `launch.lab` trains and evaluates it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,15 @@ class Experiment:
     def tokens_of(self, schedule: Schedule) -> int:
         """Training tokens of the run's schedule or of a branch's."""
         return schedule.total_steps * _tokens_per_step(self.config)
+
+    @property
+    def loss_limit(self) -> float:
+        """Nats per token above which a run has diverged: three times a uniform guess's loss.
+
+        Norms and clipped gradients can keep a run finite at any learning rate. Then it wanders far
+        above a fresh model's loss, which is about that of guessing.
+        """
+        return 3 * math.log(self.model.vocabulary)
 
     @property
     def shape(self) -> str:

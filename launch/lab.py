@@ -162,6 +162,7 @@ class Lab:
             constants_for(experiment.model, experiment.policy),
             schedule or experiment.schedule,
             self.batches(experiment)[0],
+            loss_limit=experiment.loss_limit,
             **options,
         )
         return result, time.perf_counter() - start

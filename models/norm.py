@@ -1,17 +1,67 @@
-"""Flax's RMSNorm for narrow dtypes under strict promotion."""
+"""Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), whose sums are matrix products.
+
+XLA on CPU writes out every operand of a fused reduction, broadcasts too. With the sums over
+features as products with a vector, and a gradient that keeps the inputs and one number a row, a
+small model's whole train step takes a fifth less time than with Flax's norm. The products ask for
+full float32; compiled for a TPU they are reductions again.
+"""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
+
+_EPSILON = 1e-6
 
 
-class RMSNorm(nnx.RMSNorm):
-    """`flax.nnx.RMSNorm`, which computes in float32 and returns its dtype.
+class RMSNorm(nnx.Module):
+    """Divides each row by its root mean square, then scales its features; computes in float32.
 
-    It gets there by implicit promotion, which a program that promotes strictly must allow it.
+    Args:
+        features: size D of the last axis.
+        dtype: of the result.
+        rngs: unused, for the signature of layers.
     """
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __init__(self, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.ones(features))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normed inputs, same shape."""
-        with jax.numpy_dtype_promotion("standard"):
-            normed: jax.Array = super().__call__(x, mask)
-        return normed
+        x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        return _normed(x_MD, self.scale[...]).astype(self.dtype).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _normed(x_MD: Array, scale_D: Array) -> Array:
+    return _normed_fwd(x_MD, scale_D)[0]
+
+
+def _normed_fwd(x_MD: Array, scale_D: Array) -> tuple[Array, Any]:
+    inverse_M1 = jax.lax.rsqrt(row_sums(x_MD * x_MD) / x_MD.shape[1] + _EPSILON)
+    return x_MD * inverse_M1 * scale_D[None], (x_MD, inverse_M1, scale_D)
+
+
+def _normed_bwd(residuals: Any, g_MD: Array) -> tuple[Array, Array]:
+    x_MD, inverse_M1, scale_D = residuals
+    alike_MD = g_MD * x_MD
+    dscale_1D = _product(inverse_M1.T, alike_MD)
+    mean_M1 = _product(alike_MD, scale_D[:, None]) / scale_D.size
+    dx_MD = inverse_M1 * scale_D[None] * g_MD - x_MD * (mean_M1 * inverse_M1**3)
+    return dx_MD, dscale_1D[0]
+
+
+_normed.defvjp(_normed_fwd, _normed_bwd)
+
+
+def row_sums(x: Float[Array, "*rows D"]) -> Float[Array, "*rows 1"]:
+    """Sums over the last axis."""
+    return _product(x, jnp.ones((x.shape[-1], 1), x.dtype))
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -7,6 +7,7 @@ narrow that its step is nothing but the host's work and the device's launches.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,8 +97,9 @@ def run(shapes: Sequence[str], rounds: int) -> list[Row]:
             meter.advance(1)
     with Meter("Timing", rounds, "rounds") as meter:
         seconds_RP = timing.take_turns(calls, rounds, on_round=lambda: meter.advance(1))
-    for row, seconds_R in zip(rows, seconds_RP.T, strict=True):
+    for row, call, seconds_R in zip(rows, calls, seconds_RP.T, strict=True):
         plain_R = seconds_RP[:, _plain(rows, row)]
+        row["host_ms"] = 1e3 * float(np.median([_until_return(call) for _ in range(rounds)]))
         row["ms"] = 1e3 * float(np.median(seconds_R))
         row["gflops_per_s"] = row["flops"] / row["ms"] / 1e6
         share_R = row["flops"] / seconds_R / (rows[0]["flops"] / seconds_RP[:, 0])
@@ -105,6 +107,15 @@ def run(shapes: Sequence[str], rounds: int) -> list[Row]:
         row["ratio_to_plain"] = timing.ratio(seconds_R, plain_R).median
     print(f"\n{_table(rows)}")
     return rows
+
+
+def _until_return(call: Callable[[], Any]) -> float:
+    """Seconds that the host is busy with a call, whose work the device then does on its own."""
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    jax.block_until_ready(result)
+    return seconds
 
 
 def _plain(rows: Sequence[Row], row: Row) -> int:
@@ -139,13 +150,14 @@ def _train_step(shape: Shape, name: str | None) -> Callable[[], Any]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ("model", "policy", "params", "step ms", "GFLOP/s", "share of product", "to no policy")
+    head = ("model", "policy", "params", "step ms", "host ms", "GFLOP/s", "of product", "to plain")
     lines = [
         (
             row["model"],
             row["policy"],
             f"{row['params']:,}" if "params" in row else "",
             f"{row['ms']:.2f}",
+            f"{row['host_ms']:.2f}",
             f"{row['gflops_per_s']:.1f}",
             f"{row['share_of_product']:.3f}",
             f"{row['ratio_to_plain']:.3f}",

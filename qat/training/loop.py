@@ -28,9 +28,9 @@ class TrainingResult:
 
     Attributes:
         state: after the last step.
-        status: "ok", or "diverged" once a loss was not finite.
+        status: "ok", or "diverged" once a loss was not finite or above the limit.
         losses: training loss of every step this process took, nats per token, by the number of
-            steps then taken; a loss that is not finite is the last.
+            steps then taken; the one that diverged is the last.
     """
 
     state: TrainState
@@ -46,6 +46,7 @@ def train(
     batches: RowsByStep,
     *,
     stop: int | None = None,
+    loss_limit: float = math.inf,
     log_every: int = 50,
     on_log: OnLog = lambda step, metrics: None,
     checkpoints: Checkpoints | None = None,
@@ -61,6 +62,7 @@ def train(
         schedule: its `total_steps` is where training ends.
         batches: of training records, by step.
         stop: steps after which to end earlier; None is the schedule's end.
+        loss_limit: nats per token; a step with a larger loss has diverged.
         log_every: steps between readings of the metrics, which is also how soon a divergence ends
             the run.
         on_log: called with a number of steps taken and the metrics of those since the last call,
@@ -80,14 +82,17 @@ def train(
     losses: dict[int, float] = {}
     unread: list[Metrics] = []  # of the last steps taken
 
+    def sound(metrics: Metrics) -> bool:
+        return math.isfinite(metrics.loss) and metrics.loss <= loss_limit
+
     def report(taken: int, running: int) -> bool:
-        """Reads all steps but the newest `running`; whether their losses are finite."""
+        """Reads all steps but the newest `running`; whether none diverged."""
         first = taken - len(unread) + 1
-        metrics = _read(unread, len(unread) - running)
+        metrics = _read(unread, len(unread) - running, sound)
         losses.update({first + index: float(each.loss) for index, each in enumerate(metrics)})
         if metrics:
             on_log(first + len(metrics) - 1, metrics)
-        return not metrics or math.isfinite(metrics[-1].loss)
+        return not metrics or sound(metrics[-1])
 
     for taken in range(start, end + 1):
         stops = taken == end or preempted()
@@ -110,9 +115,9 @@ def train(
     return TrainingResult(state, "ok", losses)
 
 
-def _read(unread: list[Metrics], count: int) -> list[Metrics]:
-    """Takes the oldest off the list and waits for them; ends with a loss that is not finite."""
+def _read(unread: list[Metrics], count: int, sound: Callable[[Metrics], bool]) -> list[Metrics]:
+    """Takes the oldest off the list and waits for them; ends with the first that diverged."""
     metrics: list[Metrics] = jax.device_get(unread[:count])
     del unread[:count]
-    finite = [math.isfinite(each.loss) for each in metrics]
-    return metrics[: finite.index(False) + 1] if False in finite else metrics
+    healthy = [sound(each) for each in metrics]
+    return metrics[: healthy.index(False) + 1] if False in healthy else metrics

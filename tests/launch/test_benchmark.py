@@ -217,4 +217,4 @@ def test_training_is_compared_with_the_matrix_product(monkeypatch, capsys):
     work = 6 * 2 * 8 * (model.kernel_params + 16 * 256) + 3 * 4 * 16 * 8 * 2 * 8
     assert plain["flops"] == work
     assert plain["gflops_per_s"] == pytest.approx(work / plain["ms"] / 1e6)
-    assert "share of product" in capsys.readouterr().out
+    assert "of product" in capsys.readouterr().out

@@ -136,6 +136,14 @@ def test_a_diverging_run_ends_with_its_first_loss_that_is_not_finite(programs, t
     assert all(step < len(result.losses) for step in saved)
 
 
+def test_a_loss_above_the_limit_has_diverged(programs, whole):
+    limit = sorted(whole.losses.values())[-3]
+    result = run(programs, "w4a8", loss_limit=limit, log_every=7)
+    assert result.status == "diverged"
+    *below, last = result.losses.values()
+    assert max(below, default=limit) <= limit < last
+
+
 def test_a_branch_equals_a_run_of_its_budget_alone(programs, tmp_path):
     short, trunk = branches(1e-2, [20, 30], warmup_fraction=0.2)
     alone = dataclasses.replace(short)
