@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import cpu
-from launch.benchmarks import layers, training
+from launch.benchmarks import layers, sweep, training
 from launch.benchmarks.contenders import SCHEMES
 from launch.benchmarks.models import WORKLOADS
 from launch.main import run
@@ -50,7 +50,11 @@ def _models(known: Iterable[str]) -> list[str]:
     return list(_MODEL.value or known)
 
 
-SUITES: dict[str, Callable[[], list[layers.Row]]] = {"layers": _layers, "training": _training}
+SUITES: dict[str, Callable[[], list[layers.Row]]] = {
+    "layers": _layers,
+    "training": _training,
+    "sweep": sweep.run,
+}
 
 _SUITE = flags.DEFINE_enum("suite", "layers", list(SUITES), "What to measure.")
 _JSON = flags.DEFINE_string("json", None, "File for the rows; it must not exist.")
@@ -69,10 +73,10 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--json={path}: it exists already; name a new file")
         path.parent.mkdir(parents=True, exist_ok=True)
     if _ONE_CORE.value:
-        cpu.stay_on_one_core()
+        cpu.stay_on(cpu.cores()[:1])
     rows = SUITES[_SUITE.value]()
     if path is not None:
-        cores = 1 if _ONE_CORE.value else cpu.cores()
+        cores = len(cpu.cores())
         common = {"suite": _SUITE.value, "cores": cores, "versions": _versions()}
         path.write_text(json.dumps([{**common, **row} for row in rows], indent=1) + "\n")
         print(f"\n{len(rows)} rows in {path}")

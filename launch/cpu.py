@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Collection
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -25,11 +26,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
-def cores() -> int:
+def cores() -> list[int]:
     """Processor cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def one_thread_per_run() -> None:
@@ -38,9 +39,20 @@ def one_thread_per_run() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
-def stay_on_one_core() -> None:
-    """Pins the process to one of its cores; XLA then has one thread."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    else:
+def stay_on(cores: Collection[int]) -> set[int]:
+    """Pins the process; started on one core, XLA makes one thread. Returns where it was before."""
+    if not hasattr(os, "sched_setaffinity"):
         one_thread_per_run()
+        return set()
+    before: set[int] = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    return before
+
+
+def keep_compiled(folder: str) -> None:
+    """Lets all processes share what XLA compiled, through files."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

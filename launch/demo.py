@@ -76,7 +76,7 @@ def _run_missing(lab: Lab, experiments: Sequence[Experiment], folder: Path) -> N
     if not missing:
         return
     tokens = sum(each.tokens for each in missing) / 1e6
-    workers = min(cpu.cores(), len(missing))
+    workers = min(len(cpu.cores()), len(missing))
     with Meter("Training", tokens, "million tokens") as meter:
         pool = ThreadPoolExecutor(workers)
         try:
@@ -98,7 +98,7 @@ def _run(lab: Lab, experiment: Experiment, folder: Path, meter: Meter) -> None:
     lab.compile(experiment)
     result, wall_s = lab.train(experiment, on_log=on_log)
     losses = lab.evaluate(experiment, result.state.params, experiment.policy)
-    row = lab.row(experiment, result, wall_s, losses)
+    row = lab.row(experiment, result.status, wall_s, losses)
     rows = [row]
     if str(experiment.policy) == "none" and row.status == "ok":
         for bits in demo.PTQ_BITS:
@@ -114,6 +114,7 @@ def _run(lab: Lab, experiment: Experiment, folder: Path, meter: Meter) -> None:
                     ptq_method="rtn",
                     ptq_bits=policy.bits("weights"),
                     ptq_format=policy.format_name("weights"),
+                    ptq_quantizer=str(policy.weights),
                     loss=loss,
                     loss_se=loss_se,
                     ptq_delta=delta,

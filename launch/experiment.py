@@ -79,7 +79,11 @@ class Experiment:
 
     def tokens_of(self, schedule: Schedule) -> int:
         """Training tokens of the run's schedule or of a branch's."""
-        return schedule.total_steps * _tokens_per_step(self.config)
+        return self.tokens_at(schedule.total_steps)
+
+    def tokens_at(self, step: int) -> int:
+        """Training tokens of a number of steps."""
+        return step * _tokens_per_step(self.config)
 
     @property
     def loss_limit(self) -> float:
@@ -93,12 +97,12 @@ class Experiment:
     @property
     def shape(self) -> str:
         """Identifies the compiled programs: everything that is not data to them."""
-        return hash_of(
-            {
-                **{key: self.config[key] for key in _COMPILED},
-                "policy": self.policy.traced().structure,
-            }
-        )
+        return hash_of({"size": self.size, "policy": self.policy.traced().structure})
+
+    @property
+    def size(self) -> str:
+        """Identifies the compiled programs but for the policy's structure."""
+        return hash_of({key: self.config[key] for key in _COMPILED})
 
     @property
     def config_hash(self) -> str:

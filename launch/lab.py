@@ -184,12 +184,20 @@ class Lab:
     def row(
         self,
         experiment: Experiment,
-        result: TrainingResult,
+        status: str,
         wall_s: float,
         losses: LossesOfSequences,
         schedule: Schedule | None = None,
     ) -> Row:
-        """The result row of a trained model; cost and tokens are those of its schedule alone."""
+        """The result row of a trained model; cost and tokens are those of its schedule alone.
+
+        Args:
+            experiment: what was trained.
+            status: how training ended.
+            wall_s: seconds it took.
+            losses: of validation sequences.
+            schedule: of the run or a branch; None is the run's.
+        """
         config, model, policy = experiment.config, experiment.model, experiment.policy
         loss, loss_se = mean_and_standard_error(losses)
         schedule = schedule or experiment.schedule
@@ -204,6 +212,7 @@ class Lab:
             weight_format=policy.format_name("weights"),
             activation_format=policy.format_name("activations"),
             kv_format=policy.format_name("kv_cache"),
+            policy=str(policy),
             eval_set=f"{config['data']['source']}/validation",
             loss=loss,
             loss_se=loss_se,
@@ -217,7 +226,7 @@ class Lab:
                 model.width,
                 config["data"]["sequence_length"],
             ),
-            status=result.status if np.isfinite(loss) else "diverged",
+            status=status if status != "ok" or np.isfinite(loss) else "diverged",
             wall_s=wall_s,
             data_fingerprint=self.dataset(experiment).fingerprint,
             config_hash=experiment.config_hash,

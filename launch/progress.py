@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from types import TracebackType
+from typing import Protocol, Self
 
 from rich.progress import (
     BarColumn,
@@ -18,6 +19,31 @@ from rich.progress import (
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+class Tally(Protocol):
+    """What is told of units of work as they are done."""
+
+    def __enter__(self) -> Self:
+        """Begins."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends."""
+        ...
+
+    def skip(self, amount: float) -> None:
+        """Hears of work that was done before."""
+        ...
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Hears of work done."""
+        ...
+
+
 class Meter:
     """Counts units of work as they are done; safe to use from several threads."""
 
@@ -29,7 +55,7 @@ class Meter:
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Self:
         if sys.stdout.isatty():
             columns = (
                 TextColumn("{task.description}"),

@@ -47,14 +47,14 @@ def main(argv: list[str]) -> int:
     del argv
     config = read_config()
     distributed.start()
-    from launch import training
+    from launch import runner, training
 
     return training.run(
         config,
         workdir=Path(str(_WORKDIR.value)),
         data_dir=Path(_DATA_DIR.value),
-        saving=training.Saving(_CHECKPOINT_EVERY.value, _KEEP.value, _KEEP_EVERY.value),
-        watching=training.Watching(
+        saving=runner.Saving(_CHECKPOINT_EVERY.value, _KEEP.value, _KEEP_EVERY.value),
+        watching=runner.Watching(
             _TENSORBOARD.value, _WANDB_PROJECT.value, _PROFILE.value, _ERRORS.value
         ),
     )

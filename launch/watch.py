@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from launch.experiment import Experiment
-from launch.progress import Meter
+from launch.progress import Tally
 from models.task import matrix_params
 from qat.training import devices, flops
 from qat.training.scalars import Writer, points
@@ -14,7 +14,7 @@ from qat.training.throughput import Throughput, peak_of
 
 
 def watcher(
-    meter: Meter, throughput: Throughput, writers: Sequence[Writer]
+    meter: Tally, throughput: Throughput, writers: Sequence[Writer]
 ) -> Callable[[int, Sequence[Metrics]], None]:
     """A function of the steps taken and the metrics of those since its last call.
 

@@ -22,12 +22,11 @@ class RMSNorm(nnx.Module):
     Args:
         features: size D of the last axis.
         dtype: of the result.
-        rngs: unused, for the signature of layers.
+        rngs: for the initial scale, as in Flax's norm; ones need no key, but others do the next.
     """
 
     def __init__(self, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        del rngs
-        self.scale = nnx.Param(jnp.ones(features))
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,)))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

@@ -83,7 +83,7 @@ def train(
     unread: list[Metrics] = []  # of the last steps taken
 
     def sound(metrics: Metrics) -> bool:
-        return math.isfinite(metrics.loss) and metrics.loss <= loss_limit
+        return math.isfinite(metrics.loss) and float(metrics.loss) <= loss_limit
 
     def report(taken: int, running: int) -> bool:
         """Reads all steps but the newest `running`; whether none diverged."""

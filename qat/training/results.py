@@ -37,9 +37,11 @@ class Row:
         weight_format: name.
         activation_format: name.
         kv_format: name.
+        policy: of training, as `qat.Policy.parse` reads it.
         ptq_method: "none" or the name of a post-training method.
         ptq_bits: after training; 16 without post-training quantization.
         ptq_format: name.
+        ptq_quantizer: of the weights, as `qat.Quantizer.parse` reads it, or "none".
         eval_set: what was evaluated on.
         loss: nats per token; NaN if diverged.
         loss_se: its standard error over sequences, nats per token.
@@ -49,7 +51,7 @@ class Row:
         learning_rate: peak.
         schedule: name.
         flops: of training.
-        status: "ok", "diverged" or "failed".
+        status: "ok", "diverged", "failed", or "unfinished" of a run that was still going on.
         wall_s: training time of the process that finished the run, seconds.
         data_fingerprint: of the corpus.
         config_hash: of the resolved config alone.
@@ -65,9 +67,11 @@ class Row:
     weight_format: str
     activation_format: str
     kv_format: str
+    policy: str
     ptq_method: str = "none"
     ptq_bits: float = UNQUANTIZED_BITS
     ptq_format: str = "none"
+    ptq_quantizer: str = "none"
     eval_set: str
     loss: float
     loss_se: float
@@ -102,13 +106,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_whole(path, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
 
 
-def read_rows(folder: Path) -> pd.DataFrame:
+def rows_of(folder: Path) -> list[Row]:
     """The rows of all runs of a folder, ordered by file name.
 
     Raises:
         ValueError: a file holds something else than rows.
     """
-    records: list[dict[str, Any]] = []
+    found: list[Row] = []
     names = {field.name for field in dataclasses.fields(Row)}
     for path in sorted(folder.glob("*.jsonl")):
         try:
@@ -120,5 +124,11 @@ def read_rows(folder: Path) -> pd.DataFrame:
         for row in rows:
             if not isinstance(row, dict) or set(row) != names:
                 raise ValueError(f"{path}: a line is not a result row")
-        records += rows
-    return pd.DataFrame(records, columns=[field.name for field in dataclasses.fields(Row)])
+        found += [Row(**row) for row in rows]
+    return found
+
+
+def read_rows(folder: Path) -> pd.DataFrame:
+    """The rows of `rows_of` as a table."""
+    columns = [field.name for field in dataclasses.fields(Row)]
+    return pd.DataFrame([dataclasses.asdict(row) for row in rows_of(folder)], columns=columns)

@@ -11,7 +11,7 @@ import pytest
 from configs import experiment
 from launch import training
 from launch.lab import Lab
-from launch.training import Saving, Watching
+from launch.runner import Saving, Watching
 from qat.training import curve
 from qat.training.results import read_rows
 

@@ -1,0 +1,62 @@
+"""Runs a whole grid of experiments as one job; the same command goes on with what is missing.
+
+    python -m launch.sweep --sweep=configs/sweeps/demo.py --workdir=runs/sweep
+
+Every run has a folder in WORKDIR/runs, as `launch.train` makes it. All rows together are
+`rows.csv` and `rows.parquet`, written anew at every end, also after a stop. Runs that are finished
+are skipped, here or in the tables named by --have; failed and diverged runs are rows too, and
+--retry tries them again. --dry_run says what it will cost.
+
+--executor=local runs on this machine; slurm submits an array of jobs and waits for it; emit prints
+commands for any other scheduler, after which the same command with emit collects the rows.
+
+Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 3 done, and some run
+diverged or failed; 75 preempted by SIGTERM, 130 stopped by Ctrl-C: run the same command again.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch.main import run
+
+_SWEEP = flags.DEFINE_string("sweep", None, "Python file with get_sweep() (required).")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all results (required).")
+_DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
+_EXECUTOR = flags.DEFINE_enum(
+    "executor", "local", ["local", "slurm", "emit"], "What starts the workers."
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes or jobs at once; 0 is one a core, or one for accelerators.", 0
+)
+_HAVE = flags.DEFINE_multi_string("have", [], "Table whose runs need not run again; repeatable.")
+_RETRY = flags.DEFINE_multi_enum(
+    "retry", [], ["failed", "diverged"], "Runs that ended so are tried again; repeatable."
+)
+_CHECKPOINT_EVERY = flags.DEFINE_integer(
+    "checkpoint_every", 0, "Steps between checkpoints of a run; 0 saves at its end alone.", 0
+)
+
+
+def main(argv: list[str]) -> int:
+    """Plans, runs what is missing, merges; returns the exit code."""
+    del argv
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
+    from launch.sweeps import driving
+
+    options = driving.Options(
+        workdir=Path(str(_WORKDIR.value)),
+        data_dir=Path(_DATA_DIR.value),
+        executor=_EXECUTOR.value,
+        workers=_WORKERS.value,
+        have=tuple(map(Path, _HAVE.value)),
+        retry=frozenset(_RETRY.value),
+        checkpoint_every=_CHECKPOINT_EVERY.value,
+    )
+    return driving.run(Path(str(_SWEEP.value)), options)
+
+
+if __name__ == "__main__":
+    run(main, required=("sweep", "workdir"))

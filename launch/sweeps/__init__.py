@@ -1,0 +1,1 @@
+"""What `launch.sweep` and `launch.worker` are made of."""

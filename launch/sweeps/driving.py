@@ -1,0 +1,210 @@
+"""What `launch.sweep` does: plan, skip what is finished, run the rest, merge all rows."""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import importlib.util
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pandas as pd
+
+from launch.experiment import Experiment
+from launch.lab import Lab
+from launch.main import DIVERGED
+from launch.progress import Meter
+from launch.runner import Runner, Saving
+from launch.sweeps import local
+from launch.sweeps.plan import Plan, experiments, structures
+from launch.sweeps.rounding import FOLDER, Rounding
+from launch.sweeps.working import WATCHING, fail
+from qat.sweep import Sweep
+from qat.sweep.table import collect, write
+from qat.training.results import rows_of, write_rows
+
+_CACHE = "compiled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags of `launch.sweep`."""
+
+    workdir: Path
+    data_dir: Path
+    executor: str
+    workers: int
+    have: tuple[Path, ...]
+    retry: frozenset[str]
+    checkpoint_every: int
+
+
+def run(path: Path, options: Options) -> int:
+    """Runs a sweep file; returns the exit code.
+
+    Raises:
+        ValueError: bad input, before anything is written.
+        OSError: a file cannot be read or written.
+    """
+    sweep = load(path)
+    for line in structures(experiments(sweep)):
+        print(line)
+    lab = Lab(options.data_dir, devices=jax.devices()[:1])
+    plan = Plan.of(sweep, lab)
+    earlier = collect(options.have)
+    for line in earlier.left_out:
+        print(f"left out of --have: {line}")
+    with _owned(plan, options.workdir):
+        plan.write(options.workdir)
+        _forget(plan, options.workdir, options.retry)
+        had = set(earlier.table["run_id"])
+        missing = [
+            run_id
+            for run_id, experiment in plan.runs.items()
+            if not _ids(lab, experiment) <= had and _is_left(lab, plan, options.workdir, run_id)
+        ]
+        print(f"{len(plan.runs) - len(missing)} of {len(plan.runs)} runs are done already")
+        try:
+            if missing:
+                _EXECUTORS[options.executor](lab, plan, missing, options)
+        finally:
+            table = _merge(plan, options, earlier.table)
+    return _summary(table, options.workdir)
+
+
+def load(path: Path) -> Sweep:
+    """The sweep of a Python file.
+
+    Raises:
+        ValueError: there is no such file, or no `get_sweep()` in it that returns one.
+    """
+    spec = importlib.util.spec_from_file_location("sweep_file", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--sweep={path}: expected a Python file with get_sweep()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweep = module.get_sweep() if hasattr(module, "get_sweep") else None
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"--sweep={path}: expected a function get_sweep() -> qat.sweep.Sweep")
+    return sweep
+
+
+@contextlib.contextmanager
+def _owned(plan: Plan, workdir: Path) -> Iterator[None]:
+    """Keeps other drivers out of the workdir.
+
+    Raises:
+        ValueError: it holds something else, or runs that are not in the plan, or is in use.
+    """
+    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "plan.json").exists():
+        raise ValueError(f"workdir {workdir} is not empty and no sweep made it; choose another")
+    if (workdir / "plan.json").exists():
+        others = sorted(set(Plan.read(workdir).runs) - set(plan.runs))
+        if others:
+            raise ValueError(
+                f"workdir {workdir} belongs to another sweep: this one lacks {len(others)} of its "
+                f"runs, such as {others[0]}; choose another workdir, or add to the grid"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"workdir {workdir} is in use: the sweep is going on in it") from None
+        except OSError:  # file systems without locks
+            pass
+        yield
+
+
+def _ids(lab: Lab, experiment: Experiment) -> set[str]:
+    """Of all budgets of a run."""
+    budgets = (*experiment.branches, experiment.schedule)
+    return {lab.run_id(experiment, schedule) for schedule in budgets}
+
+
+def _is_left(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> bool:
+    """Whether a run has anything left to do."""
+    experiment, folder = plan.runs[run_id], plan.folder(workdir, run_id)
+    looks = Rounding(lab, experiment, folder, plan.sweep)
+    runner = Runner(lab, experiment, folder, Saving(0, 1, 0), lambda: False, WATCHING, looks)
+    return bool(runner.milestones())
+
+
+def _forget(plan: Plan, workdir: Path, statuses: Collection[str]) -> None:
+    """Drops rows of these statuses, so that their runs are tried again."""
+    for run_id in plan.runs:
+        folder = plan.folder(workdir, run_id)
+        rows = rows_of(folder)
+        kept = [row for row in rows if row.status not in statuses]
+        if len(kept) < len(rows):
+            write_rows(folder / "rows.jsonl", kept)
+
+
+def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
+    """Runs on this machine."""
+    workdir = options.workdir
+    flags = {
+        "cache_dir": (options.data_dir / _CACHE).absolute(),
+        "checkpoint_every": options.checkpoint_every,
+        "runs": "-",
+    }
+    jobs = [_job(run_id, plan.runs[run_id]) for run_id in missing]
+    command = local.worker_command(workdir, options.data_dir, flags)
+    pool = local.Pool(command, jobs, workdir / "logs", options.workers)
+    counts: collections.Counter[str] = collections.Counter()
+    tokens = sum(plan.runs[run_id].tokens for run_id in missing) / 1e6
+    with Meter("Training", tokens, "million tokens") as meter:
+
+        def on_event(event: local.Event) -> None:
+            kind, run_id = event["event"], event["run"]
+            if kind == "skipped":
+                meter.skip(event["tokens"] / 1e6)
+            elif kind == "trained":
+                left = len(missing) - sum(counts.values())
+                note = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+                meter.advance(event["tokens"] / 1e6, f"{note or '0 done'}, {left} left")
+            elif kind == "done":
+                counts[event["status"]] += 1
+                if event["status"] != "ok":
+                    meter.say(f"run {run_id}: {event['status']}")
+            elif kind == "lost":
+                meter.say(f"run {run_id}: its worker died: {event['reason']}")
+                if event["given_up"]:
+                    counts["failed"] += 1
+                    fail(lab, plan, workdir, run_id, f"workers died of it: {event['reason']}\n")
+
+        pool.run(on_event)
+
+
+def _job(run_id: str, experiment: Experiment) -> local.Job:
+    return local.Job(run_id, experiment.shape, experiment.tokens * experiment.model.params)
+
+
+_EXECUTORS = {"local": _run_here}
+
+
+def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
+    """All rows of the sweep, on the disk and returned."""
+    files = [
+        path
+        for run_id in plan.runs
+        for folder in (plan.folder(options.workdir, run_id),)
+        for path in (folder / "rows.jsonl", folder / FOLDER / "rows.jsonl")
+        if path.exists()
+    ]
+    found = collect([*files, *options.have])
+    for line in found.left_out:
+        print(f"left out: {line}")
+    write(found.table, options.workdir)
+    return found.table
+
+
+def _summary(table: Any, workdir: Path) -> int:
+    """Prints how the runs ended; returns the exit code."""
+    runs = table[(table["ptq_method"] == "none") & (table["status"] != "unfinished")]
+    counts = runs["status"].value_counts()
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(runs)} runs: {told}; {len(table)} rows in {workdir / 'rows.csv'}")
+    return 0 if set(counts.index) <= {"ok"} else DIVERGED

@@ -1,0 +1,199 @@
+"""Runs on this machine: a pool of worker processes, each on a core, fed one run at a time.
+
+Without an accelerator there is a worker for every core, since small models gain more from running
+side by side than from sharing cores; with one there is a single worker, which has all devices. A
+worker gets runs of the shape it has compiled as long as there are any, the longest first. A worker
+that dies is replaced and its run tried again; a run that kills three workers is given up.
+"""
+
+import contextlib
+import dataclasses
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import cpu
+from launch.main import BAD_INPUT, PREEMPTED
+
+_ATTEMPTS = 3
+
+Event = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run as the pool sees it.
+
+    Attributes:
+        run_id: what is said to a worker.
+        shape: runs of one shape share compiled programs.
+        work: how long it takes, in any unit.
+    """
+
+    run_id: str
+    shape: str
+    work: float
+
+
+class _Process:
+    """One worker process: what it is told, and a thread that hears it."""
+
+    def __init__(self, command: Sequence[str], core: int, log: Path, events: queue.Queue[Any]):
+        self.core = core
+        self.job: Job | None = None
+        self.shapes: set[str] = set()
+        self._log = log
+        with log.open("ab") as errors:
+            self._popen = subprocess.Popen(
+                [*command, f"--core={core}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+
+    def _listen(self, events: queue.Queue[Any]) -> None:
+        assert self._popen.stdout
+        for line in self._popen.stdout:
+            with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+                events.put((self, json.loads(line)))
+        self._popen.wait()
+        events.put((self, {"event": "ended"}))
+
+    def begin(self, job: Job) -> None:
+        """Hands over a run; one that is dead already says so by itself."""
+        assert self._popen.stdin
+        self.job = job
+        self.shapes.add(job.shape)
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.write(f"{job.run_id}\n")
+            self._popen.stdin.flush()
+
+    def close(self) -> None:
+        """Nothing more is to come."""
+        assert self._popen.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
+
+    def terminate(self) -> None:
+        """Asks it to save and leave."""
+        self._popen.terminate()
+
+    @property
+    def exit_code(self) -> int:
+        """Once it has ended."""
+        return self._popen.wait()
+
+    def last_words(self) -> str:
+        """The last line it wrote to standard error."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.exit_code}"
+
+
+class Pool:
+    """Worker processes and what is left for them.
+
+    Args:
+        command: of a worker, but for its core.
+        jobs: what is to be done.
+        logs: folder for what workers write to standard error.
+        workers: at most; 0 is as many as this machine has cores, or one for its accelerators.
+    """
+
+    def __init__(self, command: Sequence[str], jobs: Sequence[Job], logs: Path, workers: int = 0):
+        self._command, self._logs, self._most = list(command), logs, workers
+        self._waiting = sorted(jobs, key=lambda job: -job.work)
+        self._events: queue.Queue[tuple[_Process, Event]] = queue.Queue()
+        self._running: list[_Process] = []
+        self._attempts: Counter[str] = Counter()
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def run(self, on_event: Callable[[Event], None]) -> None:
+        """Does all jobs; returns when no worker is left.
+
+        Args:
+            on_event: hears of everything: "trained", "skipped", "done" as workers tell it, and
+                "lost" (a run whose worker died; `given_up` says whether it is tried again).
+
+        Raises:
+            OSError: a worker could not read or write a file; the others were stopped.
+        """
+        cores = cpu.cores()
+        self._start(cores[0])
+        try:
+            while self._running:
+                process, event = self._events.get()
+                if event["event"] == "ready":
+                    if len(self._running) == 1 and event["platform"] == "cpu":
+                        self._start_others(cores)
+                    self._next(process)
+                elif event["event"] == "done":
+                    process.job = None
+                    on_event(event)
+                    self._next(process)
+                elif event["event"] == "ended":
+                    self._bury(process, on_event)
+                else:
+                    on_event(event)
+        finally:
+            for process in self._running:
+                process.terminate()
+
+    def _start(self, core: int) -> None:
+        log = self._logs / f"worker{core}.txt"
+        self._running.append(_Process(self._command, core, log, self._events))
+
+    def _start_others(self, cores: Sequence[int]) -> None:
+        """One for every further core."""
+        wanted = min(self._most or len(cores), len(self._waiting))
+        for index in range(1, wanted):
+            self._start(cores[index % len(cores)])
+
+    def _next(self, process: _Process) -> None:
+        """Gives a worker its next run, or lets it go."""
+        if not self._waiting:
+            process.close()
+            return
+        job = min(self._waiting, key=lambda job: self._rank(process, job))
+        self._waiting.remove(job)
+        process.begin(job)
+
+    def _rank(self, process: _Process, job: Job) -> tuple[bool, int, float]:
+        """Compiled shapes first, then those that fewest others have, then the longest runs."""
+        others = sum(job.shape in each.shapes for each in self._running if each is not process)
+        compiled = job.shape in process.shapes
+        return not compiled, 0 if compiled else others, -job.work
+
+    def _bury(self, process: _Process, on_event: Callable[[Event], None]) -> None:
+        """Takes a worker that ended off the list; its run, if it had one, is tried again."""
+        self._running.remove(process)
+        job = process.job
+        if job is None and process.exit_code == 0:
+            return
+        if process.exit_code == BAD_INPUT:
+            raise OSError(process.last_words().removeprefix("error: "))
+        if process.exit_code == PREEMPTED:
+            return
+        if job is None:
+            raise OSError(f"a worker ended by itself: {process.last_words()}")
+        self._attempts[job.run_id] += 1
+        given_up = self._attempts[job.run_id] >= _ATTEMPTS
+        reason = process.last_words()
+        on_event({"event": "lost", "run": job.run_id, "given_up": given_up, "reason": reason})
+        if not given_up:
+            self._waiting.append(job)
+        if self._waiting:
+            self._start(process.core)
+
+
+def worker_command(workdir: Path, data_dir: Path, options: Mapping[str, Any]) -> list[str]:
+    """The command of a worker, but for its runs."""
+    flags = {"workdir": workdir.absolute(), "data_dir": data_dir.absolute(), **options}
+    return [sys.executable, "-m", "launch.worker", *(f"--{k}={v}" for k, v in flags.items())]

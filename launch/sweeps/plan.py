@@ -1,0 +1,111 @@
+"""A sweep resolved into runs, and the file by which its workers learn of them.
+
+Every run is checked and named before any begins. A run's name is the hash of its resolved config
+and its data, so the same run is the same in every sweep that has it.
+"""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.experiment import Experiment
+from launch.lab import Lab
+from qat.sweep import Overrides, Sweep, apply
+from qat.training.files import write_whole
+
+_FILE = "plan.json"
+_PTQ = ("ptq_methods", "ptq_formats", "ptq_at")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a sweep does.
+
+    Attributes:
+        sweep: what it was made from.
+        runs: experiments by run id, in the order of the grid.
+    """
+
+    sweep: Sweep
+    runs: Mapping[str, Experiment]
+
+    @classmethod
+    def of(cls, sweep: Sweep, lab: Lab) -> "Plan":
+        """Resolves every run.
+
+        Raises:
+            ValueError: a run cannot be, or two are the same; the message names what they override.
+        """
+        runs: dict[str, Experiment] = {}
+        firsts: dict[str, Overrides] = {}
+        for overrides, experiment in zip(sweep.grid, experiments(sweep), strict=True):
+            run_id = lab.run_id(experiment)
+            if run_id in runs:
+                raise ValueError(
+                    f"two runs of the grid are the same: {_told(firsts[run_id])} and "
+                    f"{_told(overrides)}"
+                )
+            runs[run_id], firsts[run_id] = experiment, overrides
+        return cls(sweep, runs)
+
+    @classmethod
+    def read(cls, workdir: Path) -> "Plan":
+        """The plan of a workdir.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        path = workdir / _FILE
+        try:
+            found = json.loads(path.read_text())
+            sweep = Sweep(config={}, grid=({},), **found["sweep"])
+            configs: dict[str, Any] = found["runs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is not the plan of a sweep; launch.sweep writes it") from None
+        return cls(sweep, {run: Experiment.from_config(each) for run, each in configs.items()})
+
+    def write(self, workdir: Path) -> None:
+        """Leaves the plan for workers."""
+        sweep = {name: getattr(self.sweep, name) for name in _PTQ}
+        runs = {run_id: each.config for run_id, each in self.runs.items()}
+        write_whole(workdir / _FILE, json.dumps({"sweep": sweep, "runs": runs}, indent=0) + "\n")
+
+    def folder(self, workdir: Path, run_id: str) -> Path:
+        """Of a run."""
+        return workdir / "runs" / run_id
+
+
+def experiments(sweep: Sweep) -> list[Experiment]:
+    """The experiments of a sweep, in the order of its grid.
+
+    Raises:
+        ValueError: one cannot be; the message names what it overrides.
+    """
+    found = []
+    for overrides in sweep.grid:
+        try:
+            found.append(Experiment.from_config(apply(sweep.config, overrides)))
+        except ValueError as error:
+            raise ValueError(f"run {_told(overrides)}: {error}") from None
+    return found
+
+
+def structures(runs: Sequence[Experiment]) -> list[str]:
+    """Lines about shapes whose policies differ in structure, so that they share no program."""
+    policies: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for each in runs:
+        policies[each.size][each.policy.traced().structure].add(str(each.policy))
+    return [
+        f"policies {', '.join(sorted(names))} ({structure}) have programs of their own"
+        for groups in policies.values()
+        if len(groups) > 1
+        for structure, names in sorted(groups.items(), key=lambda each: -len(each[1]))[1:]
+    ]
+
+
+def _told(overrides: Overrides) -> str:
+    """What a run overrides, in one line."""
+    return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "(no override)"

@@ -1,0 +1,128 @@
+"""What a worker does with a run, and how it tells of it.
+
+A run that raises is a row too, of status "failed", with the reason in `error.txt` beside it; the
+worker goes on with the next. Only a file system that cannot be read or written stops it, because
+then no row could be written either.
+"""
+
+import json
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from launch import training
+from launch.lab import Lab
+from launch.runner import Saving, Watching
+from launch.sweeps.plan import Plan
+from launch.sweeps.rounding import Rounding
+from qat.spelling import expected_one_of
+from qat.training.processes import PreemptedError, Preemption, is_first
+from qat.training.results import rows_of, write_rows
+
+WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=False)
+
+
+def tell(event: str, **fields: Any) -> None:
+    """Prints what happened for whoever started the worker."""
+    if is_first():
+        print(json.dumps({"event": event, **fields}), flush=True)
+
+
+class Told:
+    """A meter that tells its steps as tokens of a run."""
+
+    def __init__(self, run_id: str, tokens_per_step: int):
+        self._run_id, self._tokens_per_step = run_id, tokens_per_step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def skip(self, amount: float) -> None:
+        """Tells of steps that were done before."""
+        tell("skipped", run=self._run_id, tokens=amount * self._tokens_per_step)
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Tells of steps done."""
+        del note
+        tell("trained", run=self._run_id, tokens=amount * self._tokens_per_step)
+
+
+class Worker:
+    """Works on runs of one sweep.
+
+    Args:
+        workdir: of the sweep.
+        data_dir: where prepared text is.
+        checkpoint_every: steps between checkpoints; 0 saves at the end alone.
+
+    Raises:
+        ValueError: the folder holds no plan.
+    """
+
+    def __init__(self, workdir: Path, data_dir: Path, checkpoint_every: int):
+        self._plan, self._workdir = Plan.read(workdir), workdir
+        self._lab = Lab(data_dir)
+        self._saving = Saving(every=checkpoint_every, keep=1, keep_every=0)
+
+    def work(self, run_id: str) -> None:
+        """Does what is left of a run and tells how it ended.
+
+        Raises:
+            ValueError: the plan has no such run.
+            OSError: a file cannot be read or written.
+            PreemptedError: by SIGTERM; everything is saved.
+        """
+        runs = self._plan.runs
+        if run_id not in runs:
+            raise ValueError(expected_one_of("run", run_id, list(runs)))
+        folder = self._plan.folder(self._workdir, run_id)
+        try:
+            self._go_on(run_id, folder)
+        except (OSError, PreemptedError):
+            raise
+        except Exception as error:
+            reason = "".join(traceback.format_exception(error))
+            fail(self._lab, self._plan, self._workdir, run_id, reason)
+        statuses = {row.status for row in rows_of(folder)}
+        worst = next(each for each in ("failed", "diverged", "ok") if each in statuses)
+        tell("done", run=run_id, status=worst)
+
+    def _go_on(self, run_id: str, folder: Path) -> None:
+        experiment = self._plan.runs[run_id]
+        with Preemption() as preempted:
+            training.check(self._lab, experiment)
+            training.go_on(
+                self._lab,
+                experiment,
+                folder,
+                self._saving,
+                WATCHING,
+                preempted,
+                Rounding(self._lab, experiment, folder, self._plan.sweep),
+                lambda title, total, unit: Told(run_id, experiment.tokens_at(1)),
+            )
+
+
+def fail(lab: Lab, plan: Plan, workdir: Path, run_id: str, reason: str) -> None:
+    """Leaves a row for every budget of a run that has none, and the reason beside it."""
+    experiment, folder = plan.runs[run_id], plan.folder(workdir, run_id)
+    done = rows_of(folder)
+    there = {row.run_id for row in done}
+    budgets = (*experiment.branches, experiment.schedule)
+    missing = [each for each in budgets if lab.run_id(experiment, each) not in there]
+    losses = np.array([np.nan])
+    rows = [lab.row(experiment, "failed", 0.0, losses, each) for each in missing]
+    if is_first():
+        write_rows(folder / "rows.jsonl", [*done, *rows])
+        (folder / "error.txt").write_text(reason)

@@ -1,0 +1,87 @@
+"""Runs some runs of a sweep, one after another, through programs compiled once a shape.
+
+    python -m launch.worker --workdir=runs/sweep --runs=0a1b2c3d4e5f,…
+
+`launch.sweep` starts workers and prints commands such as this one. With --runs=- the ids come on
+standard input, one a line; when it closes, the worker ends, even amid a run, since whoever asked
+for it is gone. What happens is told on standard output, one JSON object a line. Runs that are
+finished are skipped, others go on where they were.
+
+Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 preempted by SIGTERM,
+run the same command again.
+"""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from absl import flags
+
+from launch import cpu, distributed
+from launch.main import PREEMPTED, run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep (required).")
+_DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
+_RUNS = flags.DEFINE_string("runs", "-", "Ids of runs, separated by commas; - reads them.")
+_CORE = flags.DEFINE_integer("core", None, "Stay on this core if there is no accelerator.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Folder for compiled programs.")
+_CHECKPOINT_EVERY = flags.DEFINE_integer(
+    "checkpoint_every", 0, "Steps between checkpoints; 0 saves at the end alone.", lower_bound=0
+)
+flags.adopt_module_key_flags(distributed)
+
+
+def main(argv: list[str]) -> int:
+    """Runs them; returns the exit code."""
+    del argv
+    before = cpu.stay_on([] if _CORE.value is None else [_CORE.value])
+    distributed.start()
+    import jax
+
+    if jax.default_backend() != "cpu":
+        cpu.stay_on(before)
+    from launch.sweeps.working import Worker, tell
+    from qat.training.processes import PreemptedError
+
+    if _CACHE_DIR.value is not None:
+        cpu.keep_compiled(_CACHE_DIR.value)
+    worker = Worker(Path(str(_WORKDIR.value)), Path(_DATA_DIR.value), _CHECKPOINT_EVERY.value)
+    tell("ready", platform=jax.default_backend())
+    try:
+        for run_id in _asked() if _RUNS.value == "-" else _named(_RUNS.value):
+            worker.work(run_id)
+    except PreemptedError as stopped:
+        print(f"preempted, {stopped}", file=sys.stderr, flush=True)
+        return PREEMPTED
+    return 0
+
+
+def _named(runs: str) -> Iterable[str]:
+    return [run_id for run_id in runs.split(",") if run_id]
+
+
+def _asked() -> Iterator[str]:
+    """Ids as they come; ends the process if standard input closes while it works."""
+    lines: queue.Queue[str] = queue.Queue()
+    idle = threading.Event()
+    idle.set()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line.strip())
+        if not idle.is_set():
+            os._exit(PREEMPTED)  # files appear whole or not at all
+        lines.put("")
+
+    threading.Thread(target=listen, daemon=True).start()
+    while run_id := lines.get():
+        idle.clear()
+        yield run_id
+        idle.set()
+
+
+if __name__ == "__main__":
+    run(main, required=("workdir",))

@@ -1,0 +1,247 @@
+"""One table of all result rows, from files that any process may have left in any state.
+
+A sweep's truth is its files of rows: workers die, disks fill, folders hold what others put there.
+So the reader takes every row that is whole and says of everything else where it was and why it was
+left out. A row is taken if it has exactly the fields of `Row`, each of its type, and, where its
+status is "ok", finite numbers; then nothing that reads the table need check again.
+
+Rows come several times: in a run's own file, in the merged table of last week, in a copy. What
+makes two rows the same measurement is the key
+
+    run_id, tokens, eval_set, ptq_method, ptq_format
+
+for `run_id` is the hash of the whole config, with seed, budget and branch, and of the data; a run
+that is evaluated on its way has rows of fewer tokens; and each model is evaluated as it is and
+after every method and format. All other fields follow from these or are what was measured. Rows of
+one key that agree are one row; those that differ, even in the time a run took, are two
+measurements, and only the first by file name can stand in a table that has every run once.
+
+CSV has no types. Text is quoted, and cells are read as what the field is, so a hash of digits stays
+text and the format "none" a word; floats have the digits that give the same float back.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pandas as pd
+
+from qat.spelling import expected_instead, expected_one_of, nearest
+from qat.training.files import write_whole
+from qat.training.results import Row
+
+KEY = ("run_id", "tokens", "eval_set", "ptq_method", "ptq_quantizer")
+STATUSES = ("ok", "diverged", "failed", "unfinished")
+
+_TYPES: dict[str, type] = get_type_hints(Row)
+_DTYPES = {int: "int64", float: "float64", str: "str"}
+_WORDS = {int: "a whole number", float: "a number", str: "text"}
+_INT64 = range(-(2**63), 2**63)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Collected:
+    """What was found in files of rows.
+
+    Attributes:
+        table: one measurement a row; the fields of `Row` as columns, in order, as int64, float64
+            and text. Ordered by file name, and as in the file.
+        left_out: one line for each file or row that is not in the table: where, and why.
+    """
+
+    table: pd.DataFrame
+    left_out: tuple[str, ...]
+
+
+def collect(paths: Iterable[Path]) -> Collected:
+    """Merges files of result rows; see above.
+
+    Args:
+        paths: ``.jsonl``, ``.csv`` and ``.parquet`` files, in any order. One that cannot be read is
+            left out like one that holds something else.
+    """
+    found: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+    left_out: list[str] = []
+    for path in sorted(set(paths), key=str):
+        try:
+            parse, raw_rows = _read(path)
+        except (OSError, ValueError, csv.Error) as error:
+            left_out.append(f"{path}: {_one_line(error)}")
+            continue
+        for number, raw in enumerate(raw_rows, start=1):
+            place = f"{path}, row {number}"
+            try:
+                row = _checked(parse(raw))
+                first, kept = found.setdefault(tuple(row[name] for name in KEY), (place, row))
+                _check_same(row, kept, first)
+            except (ValueError, RecursionError) as error:
+                left_out.append(f"{place}: {_one_line(error)}")
+    return Collected(_frame([row for _, row in found.values()]), tuple(left_out))
+
+
+def write(table: pd.DataFrame, workdir: Path) -> None:
+    """Writes `rows.csv` and `rows.parquet`, each whole or not at all.
+
+    `collect` reads the same table back from either.
+
+    Args:
+        table: that of `collect`.
+        workdir: folder; made if it is missing.
+
+    Raises:
+        OSError: a file cannot be written; the one before is untouched.
+    """
+    text = table.to_csv(
+        index=False, na_rep="NaN", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
+    )
+    write_whole(workdir / "rows.csv", text)
+    table.to_parquet(workdir / "rows.parquet", index=False)
+
+
+def finished(table: pd.DataFrame, statuses: Collection[str]) -> set[str]:
+    """Ids of the runs whose own row, not one after quantization, has one of these statuses.
+
+    Raises:
+        ValueError: no run can have such a status.
+    """
+    for status in statuses:
+        if status not in STATUSES:
+            raise ValueError(expected_one_of("status", status, STATUSES))
+    own = (table["ptq_method"] == "none") & table["status"].isin(list(statuses))
+    return set(table.loc[own, "run_id"])
+
+
+Parse = Callable[[Any], Any]
+
+
+def _read(path: Path) -> tuple[Parse, list[Any]]:
+    """The rows of a file as they lie there, and what makes dicts of them.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no table of result rows.
+    """
+    if path.suffix not in _READERS:
+        raise ValueError(expected_one_of("kind of file", path.suffix, _READERS))
+    return _READERS[path.suffix](path.read_bytes())
+
+
+def _read_json_lines(content: bytes) -> tuple[Parse, list[Any]]:
+    return _from_json, content.splitlines()
+
+
+def _read_csv(content: bytes) -> tuple[Parse, list[Any]]:
+    header, *rows = list(csv.reader(io.StringIO(content.decode(), newline=""))) or [[]]
+    _check_fields(header)
+    return lambda cells: _from_cells(header, cells), rows
+
+
+def _read_parquet(content: bytes) -> tuple[Parse, list[Any]]:
+    table = pd.read_parquet(io.BytesIO(content))
+    _check_fields(list(table.columns))
+    return lambda row: row, table.to_dict("records")
+
+
+_READERS: dict[str, Callable[[bytes], tuple[Parse, list[Any]]]] = {
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _from_json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"torn, or not JSON: {error}") from None
+
+
+def _from_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
+    """A row from text; an empty cell of a float is NaN."""
+    if len(cells) != len(header):
+        raise ValueError(f"torn: expected {len(header)} cells, got {len(cells)}")
+    row: dict[str, Any] = dict(zip(header, cells, strict=True))
+    for name, kind in _TYPES.items():
+        try:
+            row[name] = math.nan if kind is float and not row[name] else kind(row[name])
+        except ValueError:
+            raise ValueError(expected_instead(name, _WORDS[kind], row[name])) from None
+    return row
+
+
+def _check_fields(names: Collection[str]) -> None:
+    """Raises ValueError for other fields than a result row's."""
+    for name in names:
+        if name not in _TYPES:
+            near = nearest(name, _TYPES)
+            raise ValueError(f"not result rows: unknown field {name!r}, nearest is {near!r}")
+    if missing := [name for name in _TYPES if name not in names]:
+        others = f" and {len(missing) - 1} others" if missing[1:] else ""
+        raise ValueError(f"not result rows: field {missing[0]!r}{others} missing")
+    if len(names) > len(_TYPES):
+        raise ValueError("not result rows: a field is there twice")
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    """The fields of a row in their order and types.
+
+    Raises:
+        ValueError: something is missing, unknown, of another type or not finite.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(expected_instead("not a result row", "a JSON object", row))
+    _check_fields(row)
+    fields = {name: _typed(name, kind, row[name]) for name, kind in _TYPES.items()}
+    if fields["status"] not in STATUSES:
+        raise ValueError(expected_one_of("status", fields["status"], STATUSES))
+    if fields["status"] == "ok":
+        for name, kind in _TYPES.items():
+            if kind is float and not math.isfinite(fields[name]):
+                expected = 'a finite number where status is "ok"'
+                raise ValueError(expected_instead(name, expected, fields[name]))
+    return fields
+
+
+def _typed(name: str, kind: type, value: Any) -> Any:
+    """The value as a field's type; a whole number may stand for a float.
+
+    Raises:
+        ValueError: it is something else, or no file could hold it.
+    """
+    if kind is float and type(value) is int and value in _INT64:
+        return float(value)
+    if type(value) is not kind or (kind is int and value not in _INT64):
+        raise ValueError(expected_instead(name, _WORDS[kind], value))
+    if kind is str:
+        value.encode()  # a UnicodeEncodeError, which is a ValueError, for half a character
+    return value
+
+
+def _check_same(row: dict[str, Any], kept: dict[str, Any], first: str) -> None:
+    """Raises ValueError where a row differs from the one of its key that is in the table."""
+    differ = [name for name in _TYPES if repr(row[name]) != repr(kept[name])]  # nan is nan
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"another row of run {row['run_id']}, {row['ptq_method']} {row['ptq_format']}: "
+            f"{name} = {row[name]!r}, but {kept[name]!r} in {first}, which is kept"
+        )
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = {
+        name: pd.Series([row[name] for row in rows], dtype=_DTYPES[kind])
+        for name, kind in _TYPES.items()
+    }
+    return pd.DataFrame(columns)
+
+
+def _one_line(error: Exception) -> str:
+    """What is wrong, without the name of a file."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return " ".join(str(reason).split())
