@@ -97,7 +97,7 @@ class Experiment:
     @property
     def shape(self) -> str:
         """Identifies the compiled programs: everything that is not data to them."""
-        return hash_of({"size": self.size, "policy": self.policy.traced().structure})
+        return hash_of({"size": self.size, "policy": self.policy.structure})
 
     @property
     def size(self) -> str:

@@ -35,7 +35,7 @@ from qat.training.step import Metrics, Params, TrainState
 from qat.training.tensorboard import TensorBoard
 from qat.training.wandb import WeightsAndBiases
 
-_ROWS = "rows.jsonl"
+ROWS = "rows.jsonl"
 _Milestone = tuple[int, int, Schedule | None]
 
 
@@ -172,7 +172,7 @@ class Runner:
                 self._report_errors(schedule, params)
         row = self.lab.row(self.experiment, result.status, wall_s, losses, schedule)
         if is_first():
-            write_rows(self.workdir / _ROWS, [*rows_of(self.workdir), row])
+            write_rows(self.workdir / ROWS, [*rows_of(self.workdir), row])
 
     def _report_errors(self, schedule: Schedule, params: Params) -> None:
         """Prints every quantizer's error, and keeps it beside the budget's curve."""

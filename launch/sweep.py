@@ -21,7 +21,9 @@ from absl import flags
 from launch.main import run
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Python file with get_sweep() (required).")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all results (required).")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of all results (required, but for a dry run)."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
 _EXECUTOR = flags.DEFINE_enum(
     "executor", "local", ["local", "slurm", "emit"], "What starts the workers."
@@ -36,6 +38,15 @@ _RETRY = flags.DEFINE_multi_enum(
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
     "checkpoint_every", 0, "Steps between checkpoints of a run; 0 saves at its end alone.", 0
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the sweep will cost.")
+_CALIBRATE = flags.DEFINE_float(
+    "calibrate", 20.0, "Seconds of timing this machine in a dry run; 0 does not.", 0.0
+)
+_UTILISATION = flags.DEFINE_float("utilisation", 0.4, "Share of an accelerator's peak; dry run.")
+_CHIPS = flags.DEFINE_integer("chips", 1, "Accelerators that share the runs; dry run.")
+_PRICE = flags.DEFINE_multi_string(
+    "price", [], "Of a chip for an hour, such as v5e:1.2; dry run, repeatable."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -44,8 +55,20 @@ def main(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
-    from launch.sweeps import driving
+    from launch.sweeps import driving, dry_run
 
+    if _DRY_RUN.value:
+        dry_run.run(
+            Path(str(_SWEEP.value)),
+            _WORKERS.value,
+            calibrate_s=_CALIBRATE.value,
+            chips=_CHIPS.value,
+            utilisation=_UTILISATION.value,
+            prices=_PRICE.value,
+        )
+        return 0
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing: expected a folder for the results")
     options = driving.Options(
         workdir=Path(str(_WORKDIR.value)),
         data_dir=Path(_DATA_DIR.value),
@@ -59,4 +82,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main, required=("sweep", "workdir"))
+    run(main, required=("sweep",))

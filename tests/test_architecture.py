@@ -36,7 +36,7 @@ ROOMS = {
     "laws": ["spelling"],
     "training": ["spelling"],
     "analysis": [*BELOW, "laws"],
-    "sweep": ["spelling", "training"],
+    "sweep": ["spelling", "quantizer", "ptq", "training"],
     "report": ["spelling", "laws", "training"],
 }
 # And what it may import inside a function, when that is called.

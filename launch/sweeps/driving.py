@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.util
+import shlex
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,18 @@ import pandas as pd
 
 from launch.experiment import Experiment
 from launch.lab import Lab
-from launch.main import DIVERGED
+from launch.main import DIVERGED, PREEMPTED
 from launch.progress import Meter
-from launch.runner import Runner, Saving
+from launch.runner import ROWS, Runner, Saving
 from launch.sweeps import local
+from launch.sweeps.commands import Job, deal, worker_command
 from launch.sweeps.plan import Plan, experiments, structures
-from launch.sweeps.rounding import FOLDER, Rounding
+from launch.sweeps.rounding import FOLDER, UNFINISHED, Rounding
 from launch.sweeps.working import WATCHING, fail
 from qat.sweep import Sweep
-from qat.sweep.table import collect, write
+from qat.sweep.table import collect, finished, write
+from qat.training.checkpoint import DAMAGED
+from qat.training.files import naming
 from qat.training.results import rows_of, write_rows
 
 _CACHE = "compiled"
@@ -34,11 +39,11 @@ class Options:
 
     workdir: Path
     data_dir: Path
-    executor: str
-    workers: int
-    have: tuple[Path, ...]
-    retry: frozenset[str]
-    checkpoint_every: int
+    executor: str = "local"
+    workers: int = 0
+    have: tuple[Path, ...] = ()
+    retry: frozenset[str] = frozenset()
+    checkpoint_every: int = 0
 
 
 def run(path: Path, options: Options) -> int:
@@ -53,13 +58,12 @@ def run(path: Path, options: Options) -> int:
         print(line)
     lab = Lab(options.data_dir, devices=jax.devices()[:1])
     plan = Plan.of(sweep, lab)
-    earlier = collect(options.have)
-    for line in earlier.left_out:
-        print(f"left out of --have: {line}")
+    earlier = _earlier(lab, plan, options)
     with _owned(plan, options.workdir):
         plan.write(options.workdir)
+        _set_damaged_aside(plan, options.workdir)
         _forget(plan, options.workdir, options.retry)
-        had = set(earlier.table["run_id"])
+        had = finished(earlier, {"ok", "diverged", "failed"})
         missing = [
             run_id
             for run_id, experiment in plan.runs.items()
@@ -70,8 +74,26 @@ def run(path: Path, options: Options) -> int:
             if missing:
                 _EXECUTORS[options.executor](lab, plan, missing, options)
         finally:
-            table = _merge(plan, options, earlier.table)
-    return _summary(table, options.workdir)
+            table = _merge(plan, options, earlier)
+    return _summary(plan, table, options)
+
+
+def _earlier(lab: Lab, plan: Plan, options: Options) -> pd.DataFrame:
+    """Rows of this sweep's runs in earlier tables, without those to be tried again.
+
+    Raises:
+        OSError: a table cannot be read.
+    """
+    for path in options.have:
+        with naming(path):
+            path.open("rb").close()
+    found = collect(options.have)
+    for line in found.left_out:
+        print(f"left out of --have: {line}")
+    table = found.table
+    ids = {run_id for each in plan.runs.values() for run_id in _ids(lab, each)}
+    again = set(table.loc[table["status"].isin(list(options.retry)), "run_id"])
+    return table[table["run_id"].isin(ids - again)]
 
 
 def load(path: Path) -> Sweep:
@@ -132,6 +154,16 @@ def _is_left(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> bool:
     return bool(runner.milestones())
 
 
+def _set_damaged_aside(plan: Plan, workdir: Path) -> None:
+    """Renames files of rows that do not read, with a warning; their runs are evaluated again."""
+    for run_id in plan.runs:
+        folder = plan.folder(workdir, run_id)
+        for path in (folder / ROWS, folder / FOLDER / ROWS):
+            if path.exists() and (reasons := collect([path]).left_out):
+                path.replace(path.with_name(f"{path.name}{DAMAGED}"))
+                print(f"warning: {reasons[0]}; renamed to {path.name}{DAMAGED}", file=sys.stderr)
+
+
 def _forget(plan: Plan, workdir: Path, statuses: Collection[str]) -> None:
     """Drops rows of these statuses, so that their runs are tried again."""
     for run_id in plan.runs:
@@ -139,20 +171,13 @@ def _forget(plan: Plan, workdir: Path, statuses: Collection[str]) -> None:
         rows = rows_of(folder)
         kept = [row for row in rows if row.status not in statuses]
         if len(kept) < len(rows):
-            write_rows(folder / "rows.jsonl", kept)
+            write_rows(folder / ROWS, kept)
 
 
 def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
     """Runs on this machine."""
-    workdir = options.workdir
-    flags = {
-        "cache_dir": (options.data_dir / _CACHE).absolute(),
-        "checkpoint_every": options.checkpoint_every,
-        "runs": "-",
-    }
-    jobs = [_job(run_id, plan.runs[run_id]) for run_id in missing]
-    command = local.worker_command(workdir, options.data_dir, flags)
-    pool = local.Pool(command, jobs, workdir / "logs", options.workers)
+    command = [*_command(options), "--runs=-"]
+    pool = local.Pool(command, _jobs(plan, missing), options.workdir / "logs", options.workers)
     counts: collections.Counter[str] = collections.Counter()
     tokens = sum(plan.runs[run_id].tokens for run_id in missing) / 1e6
     with Meter("Training", tokens, "million tokens") as meter:
@@ -173,16 +198,34 @@ def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) ->
                 meter.say(f"run {run_id}: its worker died: {event['reason']}")
                 if event["given_up"]:
                     counts["failed"] += 1
-                    fail(lab, plan, workdir, run_id, f"workers died of it: {event['reason']}\n")
+                    fail(lab, plan, options.workdir, run_id, f"a worker died: {event['reason']}\n")
 
         pool.run(on_event)
 
 
-def _job(run_id: str, experiment: Experiment) -> local.Job:
-    return local.Job(run_id, experiment.shape, experiment.tokens * experiment.model.params)
+def _emit(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
+    """Prints a command for each group of runs."""
+    del lab
+    for hand in deal(_jobs(plan, missing), options.workers):
+        runs = ",".join(job.run_id for job in hand)
+        print(shlex.join([*_command(options), f"--runs={runs}"]))
 
 
-_EXECUTORS = {"local": _run_here}
+def _jobs(plan: Plan, missing: Sequence[str]) -> list[Job]:
+    runs = ((run_id, plan.runs[run_id]) for run_id in missing)
+    return [Job(run_id, each.shape, each.tokens * each.model.params) for run_id, each in runs]
+
+
+def _command(options: Options) -> list[str]:
+    """Of a worker, but for its runs."""
+    flags = {
+        "cache_dir": (options.data_dir / _CACHE).absolute(),
+        "checkpoint_every": options.checkpoint_every,
+    }
+    return worker_command(options.workdir, options.data_dir, flags)
+
+
+_EXECUTORS = {"local": _run_here, "emit": _emit}
 
 
 def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
@@ -191,20 +234,25 @@ def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
         path
         for run_id in plan.runs
         for folder in (plan.folder(options.workdir, run_id),)
-        for path in (folder / "rows.jsonl", folder / FOLDER / "rows.jsonl")
+        for path in (folder / ROWS, folder / FOLDER / ROWS)
         if path.exists()
     ]
-    found = collect([*files, *options.have])
+    found = collect(files)
     for line in found.left_out:
         print(f"left out: {line}")
-    write(found.table, options.workdir)
-    return found.table
+    new = set(found.table["run_id"])
+    table = pd.concat([earlier[~earlier["run_id"].isin(new)], found.table], ignore_index=True)
+    write(table, options.workdir)
+    return table
 
 
-def _summary(table: Any, workdir: Path) -> int:
+def _summary(plan: Plan, table: Any, options: Options) -> int:
     """Prints how the runs ended; returns the exit code."""
-    runs = table[(table["ptq_method"] == "none") & (table["status"] != "unfinished")]
-    counts = runs["status"].value_counts()
+    ends = table[(table["ptq_method"] == "none") & (table["status"] != UNFINISHED)]
+    counts = ends["status"].value_counts()
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{len(runs)} runs: {told}; {len(table)} rows in {workdir / 'rows.csv'}")
+    print(f"{told or 'nothing'} of {len(plan.runs)} runs; {len(table)} rows in {options.workdir}")
+    if len(set(plan.runs) - set(ends["run_id"])) and options.executor != "emit":
+        print("preempted; the same command goes on from here", file=sys.stderr)
+        return PREEMPTED
     return 0 if set(counts.index) <= {"ok"} else DIVERGED

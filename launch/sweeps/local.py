@@ -7,38 +7,22 @@ that dies is replaced and its run tried again; a run that kills three workers is
 """
 
 import contextlib
-import dataclasses
 import json
 import queue
 import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import cpu
 from launch.main import BAD_INPUT, PREEMPTED
+from launch.sweeps.commands import Job
 
 _ATTEMPTS = 3
 
 Event = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run as the pool sees it.
-
-    Attributes:
-        run_id: what is said to a worker.
-        shape: runs of one shape share compiled programs.
-        work: how long it takes, in any unit.
-    """
-
-    run_id: str
-    shape: str
-    work: float
 
 
 class _Process:
@@ -60,11 +44,11 @@ class _Process:
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: queue.Queue[Any]) -> None:
-        assert self._popen.stdout
-        for line in self._popen.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
-                events.put((self, json.loads(line)))
-        self._popen.wait()
+        with self._popen as popen:
+            assert popen.stdout
+            for line in popen.stdout:
+                with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+                    events.put((self, json.loads(line)))
         events.put((self, {"event": "ended"}))
 
     def begin(self, job: Job) -> None:
@@ -72,7 +56,7 @@ class _Process:
         assert self._popen.stdin
         self.job = job
         self.shapes.add(job.shape)
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self._popen.stdin.write(f"{job.run_id}\n")
             self._popen.stdin.flush()
 
@@ -191,9 +175,3 @@ class Pool:
             self._waiting.append(job)
         if self._waiting:
             self._start(process.core)
-
-
-def worker_command(workdir: Path, data_dir: Path, options: Mapping[str, Any]) -> list[str]:
-    """The command of a worker, but for its runs."""
-    flags = {"workdir": workdir.absolute(), "data_dir": data_dir.absolute(), **options}
-    return [sys.executable, "-m", "launch.worker", *(f"--{k}={v}" for k, v in flags.items())]

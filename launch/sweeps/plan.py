@@ -97,7 +97,7 @@ def structures(runs: Sequence[Experiment]) -> list[str]:
     """Lines about shapes whose policies differ in structure, so that they share no program."""
     policies: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for each in runs:
-        policies[each.size][each.policy.traced().structure].add(str(each.policy))
+        policies[each.size][each.policy.structure].add(str(each.policy))
     return [
         f"policies {', '.join(sorted(names))} ({structure}) have programs of their own"
         for groups in policies.values()

@@ -4,15 +4,19 @@ Rounding to nearest is the quantizer of training applied once, so it needs no co
 evaluating the trained parameters with that quantizer on the weights is the same, bit for bit, and
 one compiled program serves all formats of one structure. What else the run quantizes in training
 stays as it was. Differences are paired by sequence with the run's own loss.
+
+A run in low precision is rounded to fewer bits than it trained with, never to as many or more.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.experiment import Experiment
 from launch.lab import Lab, LossesOfSequences
-from launch.runner import Looks
+from launch.runner import ROWS, Looks
+from qat.policy import Policy
 from qat.quantizer import Quantizer
 from qat.sweep import Sweep
 from qat.training.loop import TrainingResult
@@ -62,7 +66,7 @@ class Rounding(Looks):
                 r for r in rows_of(self._folder) if (r.run_id, r.tokens, r.ptq_method) != moment
             ]
             before = [] if row.status == "ok" else [row]
-            write_rows(self._folder / "rows.jsonl", [*done, *before, *rows])
+            write_rows(self._folder / ROWS, [*done, *before, *rows])
 
     def _missing(self, schedule: Schedule, step: int) -> list[tuple[str, Quantizer]]:
         """Methods and quantizers that have no row of this moment yet."""
@@ -73,12 +77,13 @@ class Rounding(Looks):
             for row in rows_of(self._folder)
             if row.run_id == run_id and row.tokens == tokens
         }
-        wanted = [(method, each) for method in self.sweep.ptq_methods for each in self._quantizers]
+        quantizers = narrower(self.experiment.policy, self.sweep.ptq_formats)
+        wanted = [(method, each) for method in self.sweep.ptq_methods for each in quantizers]
         return [(method, each) for method, each in wanted if (method, str(each)) not in there]
 
-    @property
-    def _quantizers(self) -> list[Quantizer]:
-        return [Quantizer.parse(spelling) for spelling in self.sweep.ptq_formats]
+    def _policy(self, quantizer: Quantizer) -> Policy:
+        """That of the run with other weights."""
+        return dataclasses.replace(self.experiment.policy, weights=quantizer)
 
     @property
     def _folder(self) -> Path:
@@ -97,7 +102,7 @@ class Rounding(Looks):
         self, row: Row, method: str, quantizer: Quantizer, params: Params, plain: LossesOfSequences
     ) -> Row:
         """The row of one method and format."""
-        policy = dataclasses.replace(self.experiment.policy, weights=quantizer)
+        policy = self._policy(quantizer)
         experiment = dataclasses.replace(self.experiment, policy=policy)
         losses = self.lab.evaluate(experiment, params, policy)
         loss, loss_se = mean_and_standard_error(losses)
@@ -113,3 +118,19 @@ class Rounding(Looks):
             ptq_delta=delta,
             ptq_delta_se=delta_se,
         )
+
+
+def narrower(policy: Policy, spellings: tuple[str, ...]) -> list[Quantizer]:
+    """Quantizers of fewer bits than a policy gives the weights in training.
+
+    A model that computes with weights of so many bits is there already.
+    """
+    bits = policy.bits("weights")
+    return [quantizer for quantizer, each in _quantizers(spellings) if each < bits]
+
+
+@functools.cache
+def _quantizers(spellings: tuple[str, ...]) -> list[tuple[Quantizer, float]]:
+    """Quantizers and the bits that they leave of weights."""
+    parsed = map(Quantizer.parse, spellings)
+    return [(each, Policy(weights=each).bits("weights")) for each in parsed]

@@ -7,15 +7,17 @@ then no row could be written either.
 
 import json
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from launch import training
 from launch.lab import Lab
-from launch.runner import Saving, Watching
+from launch.runner import ROWS, Saving, Watching
 from launch.sweeps.plan import Plan
 from launch.sweeps.rounding import Rounding
 from qat.spelling import expected_one_of
@@ -65,14 +67,21 @@ class Worker:
         workdir: of the sweep.
         data_dir: where prepared text is.
         checkpoint_every: steps between checkpoints; 0 saves at the end alone.
+        devices: what runs may use; all there are if None.
 
     Raises:
         ValueError: the folder holds no plan.
     """
 
-    def __init__(self, workdir: Path, data_dir: Path, checkpoint_every: int):
+    def __init__(
+        self,
+        workdir: Path,
+        data_dir: Path,
+        checkpoint_every: int,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         self._plan, self._workdir = Plan.read(workdir), workdir
-        self._lab = Lab(data_dir)
+        self._lab = Lab(data_dir, devices)
         self._saving = Saving(every=checkpoint_every, keep=1, keep_every=0)
 
     def work(self, run_id: str) -> None:
@@ -124,5 +133,5 @@ def fail(lab: Lab, plan: Plan, workdir: Path, run_id: str, reason: str) -> None:
     losses = np.array([np.nan])
     rows = [lab.row(experiment, "failed", 0.0, losses, each) for each in missing]
     if is_first():
-        write_rows(folder / "rows.jsonl", [*done, *rows])
+        write_rows(folder / ROWS, [*done, *rows])
         (folder / "error.txt").write_text(reason)

@@ -22,7 +22,7 @@ from qat.spelling import expected_instead, expected_one_of, nearest_few
 Model = TypeVar("Model", bound=nnx.Module)
 Method = Callable[[jax.Array, Quantizer, tuple[int, ...]], QTensor]
 
-_METHODS: dict[str, Method] = {"rtn": round_to_nearest}
+METHODS: dict[str, Method] = {"rtn": round_to_nearest}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,13 @@ def quantize(
     if not isinstance(model, nnx.Module):
         raise ValueError(expected_instead("ptq.quantize", "an NNX module", model))
     quantizer = Quantizer.of(quantizer)
-    if method not in _METHODS:
-        raise ValueError(expected_one_of("method", method, _METHODS))
+    if method not in METHODS:
+        raise ValueError(expected_one_of("method", method, METHODS))
     copy = nnx.clone(model)
     layers = _dense_layers(copy)
     _check_skip(skip, layers)
     reports = [
-        _quantize_parameter(path, parameter, layers, _METHODS[method], quantizer, skip)
+        _quantize_parameter(path, parameter, layers, METHODS[method], quantizer, skip)
         for path, parameter in _parameters(copy)
     ]
     if not any(report.quantized for report in reports):

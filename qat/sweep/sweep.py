@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qat.ptq import _METHODS
+from qat.ptq import METHODS
 from qat.quantizer import Quantizer
 from qat.spelling import expected_instead, expected_one_of
 from qat.sweep.grid import Grid, apply
@@ -29,7 +29,7 @@ class Sweep:
 
     Raises:
         ValueError: the grid is empty, names an unknown key or gives two runs that are the same; an
-            unknown method, a misspelt quantizer, two of one format, or a share out of range.
+            unknown method, a misspelt or equal quantizers, or a share out of range.
     """
 
     config: Mapping[str, Any]
@@ -68,8 +68,8 @@ class Sweep:
     def _check_ptq(self) -> None:
         """Raises ValueError for what cannot be done to a trained model, or only twice."""
         for method in self.ptq_methods:
-            if method not in _METHODS:
-                raise ValueError(expected_one_of("ptq method", method, _METHODS))
+            if method not in METHODS:
+                raise ValueError(expected_one_of("ptq method", method, METHODS))
         if bool(self.ptq_methods) != bool(self.ptq_formats):
             raise ValueError(
                 f"ptq_methods {self.ptq_methods} and ptq_formats {self.ptq_formats}: "
@@ -81,10 +81,14 @@ class Sweep:
                 raise ValueError(expected_instead("ptq_at", expected, share))
         if not self.ptq_at:
             raise ValueError("ptq_at is empty: expected at least one share, such as 1.0")
-        # Rows tell quantizers apart by the names of their formats.
-        names = [Quantizer.of(text, "ptq_formats").host_format().name for text in self.ptq_formats]
+        quantizers = [Quantizer.of(text, "ptq_formats") for text in self.ptq_formats]
+        for text, quantizer in zip(self.ptq_formats, quantizers, strict=True):
+            if not quantizer.quantizes:
+                raise ValueError(
+                    f"ptq_formats: {text!r} quantizes nothing, expected such as 'int4'"
+                )
         _check_different("ptq_methods", self.ptq_methods, self.ptq_methods)
-        _check_different("ptq_formats", self.ptq_formats, names)
+        _check_different("ptq_formats", self.ptq_formats, [*map(str, quantizers)])
         _check_different("ptq_at", self.ptq_at, self.ptq_at)
 
 
@@ -99,7 +103,5 @@ def _check_different(name: str, values: Sequence[Any], meanings: Sequence[Any]) 
     first: dict[Any, Any] = {}
     for value, meaning in zip(values, meanings, strict=True):
         if meaning in first:
-            raise ValueError(
-                f"{name}: {first[meaning]!r} and {value!r} are the same, {meaning!r}, to a row"
-            )
+            raise ValueError(f"{name}: {first[meaning]!r} and {value!r} are the same")
         first[meaning] = value

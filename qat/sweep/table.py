@@ -8,12 +8,12 @@ status is "ok", finite numbers; then nothing that reads the table need check aga
 Rows come several times: in a run's own file, in the merged table of last week, in a copy. What
 makes two rows the same measurement is the key
 
-    run_id, tokens, eval_set, ptq_method, ptq_format
+    run_id, tokens, eval_set, ptq_method, ptq_quantizer
 
 for `run_id` is the hash of the whole config, with seed, budget and branch, and of the data; a run
 that is evaluated on its way has rows of fewer tokens; and each model is evaluated as it is and
-after every method and format. All other fields follow from these or are what was measured. Rows of
-one key that agree are one row; those that differ, even in the time a run took, are two
+after every method and quantizer. All other fields follow from these or are what was measured. Rows
+of one key that agree are one row; those that differ, even in the time a run took, are two
 measurements, and only the first by file name can stand in a table that has every run once.
 
 CSV has no types. Text is quoted, and cells are read as what the field is, so a hash of digits stays
@@ -100,7 +100,7 @@ def write(table: pd.DataFrame, workdir: Path) -> None:
         index=False, na_rep="NaN", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
     )
     write_whole(workdir / "rows.csv", text)
-    table.to_parquet(workdir / "rows.parquet", index=False)
+    write_whole(workdir / "rows.parquet", table.to_parquet(index=False))
 
 
 def finished(table: pd.DataFrame, statuses: Collection[str]) -> set[str]:
@@ -218,7 +218,7 @@ def _typed(name: str, kind: type, value: Any) -> Any:
     if type(value) is not kind or (kind is int and value not in _INT64):
         raise ValueError(expected_instead(name, _WORDS[kind], value))
     if kind is str:
-        value.encode()  # a UnicodeEncodeError, which is a ValueError, for half a character
+        str(value).encode()  # a UnicodeEncodeError, which is a ValueError, for half a character
     return value
 
 
@@ -228,7 +228,7 @@ def _check_same(row: dict[str, Any], kept: dict[str, Any], first: str) -> None:
     if differ:
         name = differ[0]
         raise ValueError(
-            f"another row of run {row['run_id']}, {row['ptq_method']} {row['ptq_format']}: "
+            f"another row of run {row['run_id']}, {row['ptq_method']} {row['ptq_quantizer']}: "
             f"{name} = {row[name]!r}, but {kept[name]!r} in {first}, which is kept"
         )
 

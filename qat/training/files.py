@@ -8,18 +8,19 @@ from pathlib import Path
 PARTIAL = ".partial"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside the file and renames; makes the folder if it is missing.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes beside the file and renames; makes the folder if it is missing. Text is UTF-8.
 
     Raises:
         OSError: the file cannot be written; the one before is untouched.
     """
+    encoded = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with naming(path):
         try:
             with partial.open("w") as file:
-                write_through(file.fileno(), text.encode())
+                write_through(file.fileno(), encoded)
         except OSError:
             partial.unlink(missing_ok=True)  # a full disk needs the room
             raise

@@ -16,6 +16,7 @@ ROW = Row(
     weight_format="int4",
     activation_format="none",
     kv_format="none",
+    policy="none",
     eval_set="stdlib/validation",
     loss=1.5,
     loss_se=0.1,
