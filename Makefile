@@ -3,13 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo test test-slurm slow lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m "not slow" --durations=20
+	$(BIN)/python -m pytest -n auto -m "not slow and not slurm" --durations=20
+
+test-slurm: $(INSTALLED)
+	@which slurmctld slurmd sbatch munged >/dev/null || \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes \
+		--no-install-recommends slurmctld slurmd slurm-client munge; } || \
+		{ echo "error: Slurm cannot be installed here; expected root on a Debian-like machine"; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slurm]'
+	$(BIN)/python -m pytest -m slurm --durations=20
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -38,6 +38,9 @@ _RETRY = flags.DEFINE_multi_enum(
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
     "checkpoint_every", 0, "Steps between checkpoints of a run; 0 saves at its end alone.", 0
 )
+_SLURM = flags.DEFINE_multi_string(
+    "slurm", [], "What each job gets, such as minutes=240 or partition=gpu; repeatable."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the sweep will cost.")
 _CALIBRATE = flags.DEFINE_float(
     "calibrate", 20.0, "Seconds of timing this machine in a dry run; 0 does not.", 0.0
@@ -77,6 +80,7 @@ def main(argv: list[str]) -> int:
         have=tuple(map(Path, _HAVE.value)),
         retry=frozenset(_RETRY.value),
         checkpoint_every=_CHECKPOINT_EVERY.value,
+        slurm=tuple(_SLURM.value),
     )
     return driving.run(Path(str(_SWEEP.value)), options)
 

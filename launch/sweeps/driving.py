@@ -19,12 +19,12 @@ from launch.lab import Lab
 from launch.main import DIVERGED, PREEMPTED
 from launch.progress import Meter
 from launch.runner import ROWS, Runner, Saving
-from launch.sweeps import local
+from launch.sweeps import cluster, local
 from launch.sweeps.commands import Job, deal, worker_command
 from launch.sweeps.plan import Plan, experiments, structures
 from launch.sweeps.rounding import FOLDER, UNFINISHED, Rounding
 from launch.sweeps.working import WATCHING, fail
-from qat.sweep import Sweep
+from qat.sweep import Sweep, slurm
 from qat.sweep.table import collect, finished, write
 from qat.training.checkpoint import DAMAGED
 from qat.training.files import naming
@@ -44,6 +44,7 @@ class Options:
     have: tuple[Path, ...] = ()
     retry: frozenset[str] = frozenset()
     checkpoint_every: int = 0
+    slurm: tuple[str, ...] = ()
 
 
 def run(path: Path, options: Options) -> int:
@@ -207,8 +208,7 @@ def _emit(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> Non
     """Prints a command for each group of runs."""
     del lab
     for hand in deal(_jobs(plan, missing), options.workers):
-        runs = ",".join(job.run_id for job in hand)
-        print(shlex.join([*_command(options), f"--runs={runs}"]))
+        print(shlex.join(_on(options, hand)))
 
 
 def _jobs(plan: Plan, missing: Sequence[str]) -> list[Job]:
@@ -225,7 +225,31 @@ def _command(options: Options) -> list[str]:
     return worker_command(options.workdir, options.data_dir, flags)
 
 
-_EXECUTORS = {"local": _run_here, "emit": _emit}
+def _run_on_cluster(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
+    """Follows what was submitted before, then submits what is left, and follows that."""
+    folder = options.workdir / "slurm"
+    resources = cluster.resources_of(options.slurm, options.workers)
+
+    def left() -> list[str]:
+        return [each for each in missing if _is_left(lab, plan, options.workdir, each)]
+
+    def done() -> int:
+        return len(missing) - len(left())
+
+    if earlier := cluster.alive(folder):
+        cluster.follow(folder, earlier, done, len(missing))
+    if remaining := left():
+        commands = [_on(options, hand) for hand in deal(_jobs(plan, remaining), options.workers)]
+        jobs = slurm.submit(commands, folder, resources)
+        cluster.follow(folder, jobs, done, len(missing))
+
+
+def _on(options: Options, hand: Sequence[Job]) -> list[str]:
+    """The command of a worker for some runs."""
+    return [*_command(options), f"--runs={','.join(job.run_id for job in hand)}"]
+
+
+_EXECUTORS = {"local": _run_here, "slurm": _run_on_cluster, "emit": _emit}
 
 
 def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
