@@ -7,15 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-import ml_collections
 import pytest
 from absl import flags
 
-from configs import demo as demo_config
-from configs import experiment, tiny
+from configs import experiment
 from launch import demo
 from launch.experiment import Experiment
 from launch.lab import Lab
+from launch.sweeps import driving
+from qat.sweep import Sweep, axis, product
 from qat.training.results import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -199,45 +199,27 @@ def test_identity_covers_config_and_data(corpus, tmp_path):
     assert len(shapes) == 1
 
 
-def test_the_demo_has_the_promised_grid():
-    configs = demo_config.get_configs()
-    experiments = [Experiment.from_config(config.to_dict()) for config in configs]
-    assert len({each.model.params for each in experiments}) >= 3
-    assert len({each.tokens for each in experiments}) >= 2
-    assert len({str(each.policy) for each in experiments}) >= 6
-    assert len({each.config_hash for each in experiments}) == len(experiments)
-    assert all(isinstance(config, ml_collections.ConfigDict) for config in configs)
-    assert tiny.get_config().to_dict().keys() == experiments[0].config.keys()
-
-
-def test_the_demo_in_small_compiles_once_a_shape_and_goes_on(corpus, tmp_path, monkeypatch, capsys):
-    grid = [
-        small(corpus, policy=policy, tokens=tokens, seed=seed, model={"width": width})
-        for width in (8, 16)
-        for tokens, seeds in ((1280, (0, 1)), (5120, (0,)))
-        for seed in seeds
-        for policy in ("none", "w2", "w3", "w4")
-    ]
-    monkeypatch.setattr(demo_config, "get_configs", lambda: grid)
+def test_the_demo_sweeps_fits_reports_and_goes_on(corpus, tmp_path, monkeypatch, capsys):
+    grid = product(
+        axis("model.width", (8, 16)),
+        axis("tokens", (1280, 5120)),
+        axis("policy", ("none", "w2", "w3", "w4")),
+    )
+    formats = ("int2/channel", "int3/channel", "int4/channel")
+    sweep = Sweep(small(corpus).to_dict(), grid, ("rtn",), formats)
+    monkeypatch.setattr(driving, "load", lambda path: sweep)
+    monkeypatch.setenv("XLA_FLAGS", "")  # for the workers
     workdir = tmp_path / "demo"
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     arguments = ["demo", f"--workdir={workdir}", f"--data_dir={tmp_path / 'data'}"]
     flags.FLAGS(arguments)
 
-    demo.main(arguments[:1])
+    assert demo.main(arguments[:1]) == 0
     printed = capsys.readouterr().out
-    assert "24 runs of 2 shapes; compiled programs: 2 train_step, 2 eval_step" in printed
-    rows = read_rows(workdir / "rows")
-    assert len(rows) == 24 + 6 * len(demo_config.PTQ_BITS)
+    assert "16 ok of 16 runs; 40 rows" in printed
+    assert "16 runs, 28 rows" in (workdir / "report.html").read_text()
     assert (workdir / "report.html").stat().st_size > 50_000
-    assert (workdir / "fit.json").exists()
+    rows = (workdir / "rows.csv").read_text()
 
-    kept = sorted((workdir / "rows").iterdir())
-    removed, stamps = kept.pop(), [path.stat().st_mtime_ns for path in kept]
-    removed.unlink()
-    demo.main(arguments[:1])
-    assert "23 of 24 runs are done already" in capsys.readouterr().out
-    assert [path.stat().st_mtime_ns for path in kept] == stamps
-    again = read_rows(workdir / "rows")
-    volatile = ["wall_s"]
-    assert again.drop(columns=volatile).equals(rows.drop(columns=volatile))
+    assert demo.main(arguments[:1]) == 0
+    assert "16 of 16 runs are done already" in capsys.readouterr().out
+    assert (workdir / "rows.csv").read_text() == rows

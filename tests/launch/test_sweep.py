@@ -21,6 +21,8 @@ from launch.sweeps.working import Worker
 from launch.timing import counting_compiles
 from qat.sweep.table import collect
 
+pytestmark = pytest.mark.xdist_group("sweep")  # one process makes the sweep they look at
+
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from configs import experiment
@@ -91,7 +93,7 @@ def test_every_run_has_its_rows_at_its_end_and_on_its_way(undisturbed):
         (policy, tokens) for policy in POLICIES for tokens in (1280, 5120)
     )
     ways = table[(table.ptq_method == "none") & (table.status == "unfinished")]
-    assert sorted(ways.tokens) == [640] * 3 + [2560] * 3
+    assert sorted(ways.tokens) == [640] * 2 + [2560] * 2
     rounded = (
         table[table.ptq_method == "rtn"].groupby(["policy", "tokens"]).ptq_quantizer.apply(set)
     )
