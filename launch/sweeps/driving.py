@@ -46,6 +46,10 @@ class Options:
     checkpoint_every: int = 0
     slurm: tuple[str, ...] = ()
 
+    def say(self, line: str) -> None:
+        """Prints a line, beside the commands where these are all of the output."""
+        print(line, file=sys.stderr if self.executor == "emit" else sys.stdout, flush=True)
+
 
 def run(path: Path, options: Options) -> int:
     """Runs a sweep file; returns the exit code.
@@ -56,7 +60,7 @@ def run(path: Path, options: Options) -> int:
     """
     sweep = load(path)
     for line in structures(experiments(sweep)):
-        print(line)
+        options.say(line)
     lab = Lab(options.data_dir, devices=jax.devices()[:1])
     plan = Plan.of(sweep, lab)
     earlier = _earlier(lab, plan, options)
@@ -70,7 +74,7 @@ def run(path: Path, options: Options) -> int:
             for run_id, experiment in plan.runs.items()
             if not _ids(lab, experiment) <= had and _is_left(lab, plan, options.workdir, run_id)
         ]
-        print(f"{len(plan.runs) - len(missing)} of {len(plan.runs)} runs are done already")
+        options.say(f"{len(plan.runs) - len(missing)} of {len(plan.runs)} runs are done already")
         try:
             if missing:
                 _EXECUTORS[options.executor](lab, plan, missing, options)
@@ -90,7 +94,7 @@ def _earlier(lab: Lab, plan: Plan, options: Options) -> pd.DataFrame:
             path.open("rb").close()
     found = collect(options.have)
     for line in found.left_out:
-        print(f"left out of --have: {line}")
+        options.say(f"left out of --have: {line}")
     table = found.table
     ids = {run_id for each in plan.runs.values() for run_id in _ids(lab, each)}
     again = set(table.loc[table["status"].isin(list(options.retry)), "run_id"])
@@ -263,7 +267,7 @@ def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
     ]
     found = collect(files)
     for line in found.left_out:
-        print(f"left out: {line}")
+        options.say(f"left out: {line}")
     new = set(found.table["run_id"])
     table = pd.concat([earlier[~earlier["run_id"].isin(new)], found.table], ignore_index=True)
     write(table, options.workdir)
@@ -275,7 +279,9 @@ def _summary(plan: Plan, table: Any, options: Options) -> int:
     ends = table[(table["ptq_method"] == "none") & (table["status"] != UNFINISHED)]
     counts = ends["status"].value_counts()
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{told or 'nothing'} of {len(plan.runs)} runs; {len(table)} rows in {options.workdir}")
+    options.say(
+        f"{told or 'nothing'} of {len(plan.runs)} runs; {len(table)} rows in {options.workdir}"
+    )
     if len(set(plan.runs) - set(ends["run_id"])) and options.executor != "emit":
         print("preempted; the same command goes on from here", file=sys.stderr)
         return PREEMPTED

@@ -198,12 +198,12 @@ def test_a_run_that_raises_is_a_failed_row_and_tried_again_when_asked(
     options = driving.Options(tmp_path, data_dir, executor="emit")
     path = sweep_file(("none",))
     assert driving.run(path, options) == 3
-    assert "2 of 2 runs are done already" in capsys.readouterr().out
+    assert "2 of 2 runs are done already" in capsys.readouterr().err
     retried = driving.Options(tmp_path, data_dir, executor="emit", retry=frozenset({"failed"}))
     driving.run(path, retried)
-    printed = capsys.readouterr().out
-    assert "1 of 2 runs are done already" in printed
-    assert f"--runs={worker.runs[0]}\n" in printed
+    printed = capsys.readouterr()
+    assert "1 of 2 runs are done already" in printed.err
+    assert printed.out.endswith(f"--runs={worker.runs[0]}\n")
 
 
 def test_runs_of_an_earlier_table_are_not_run_again(undisturbed, sweep_file, data_dir, tmp_path):
