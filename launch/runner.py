@@ -36,6 +36,7 @@ from qat.training.tensorboard import TensorBoard
 from qat.training.wandb import WeightsAndBiases
 
 ROWS = "rows.jsonl"
+CHECKPOINTS = "checkpoints"
 _Milestone = tuple[int, int, Schedule | None]
 
 
@@ -115,8 +116,17 @@ class Runner:
             for schedule in (*self.experiment.branches, trunk)
             if not self.has_row(schedule) or self._is_due(schedule, schedule.total_steps)
         ]
-        ways = [(step, step, None) for step in self.looks.steps(trunk) if self._is_due(trunk, step)]
+        late = self.too_late()
+        steps = [step for step in self.looks.steps(trunk) if self._is_due(trunk, step)]
+        ways = [(step, step, None) for step in steps if step not in late]
         return sorted([*budgets, *ways], key=lambda each: each[:2])
+
+    def too_late(self) -> list[int]:
+        """Steps at which to look that the trunk has left behind, as they were asked for later."""
+        folder, trunk = self.workdir / CHECKPOINTS, self.experiment.schedule
+        saved = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        passed = [step for step in self.looks.steps(trunk) if step < max(saved, default=0)]
+        return [step for step in passed if self._is_due(trunk, step)]
 
     def reach(
         self,
@@ -268,7 +278,7 @@ class Runner:
             "number of steps": schedule.total_steps,
         }
         keep, keep_every = self.saving.keep, self.saving.keep_every
-        return Checkpoints(folder / "checkpoints", identity, keep=keep, keep_every=keep_every)
+        return Checkpoints(folder / CHECKPOINTS, identity, keep=keep, keep_every=keep_every)
 
     def _folder(self, schedule: Schedule) -> Path:
         """Where the curve and checkpoints of the trunk or of a branch are."""

@@ -26,6 +26,10 @@ from qat.training.results import read_rows
 from qat.training.wandb import required_package
 
 
+class InUseError(ValueError):
+    """Another process is at work in a folder."""
+
+
 def run(
     config: Mapping[str, Any], workdir: Path, data_dir: Path, saving: Saving, watching: Watching
 ) -> int:
@@ -94,7 +98,8 @@ def go_on(
         progress: makes the meter of the steps.
 
     Raises:
-        ValueError: the folder belongs to another run or is in use.
+        ValueError: the folder belongs to another run.
+        InUseError: another process is at work in it.
         OSError: a file cannot be read or written.
         PreemptedError: `preempted` said so; everything is saved.
     """
@@ -119,7 +124,7 @@ def _take(workdir: Path, owner: Mapping[str, Any], stack: contextlib.ExitStack) 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no kill can leave behind
     except BlockingIOError:
-        raise ValueError(f"workdir {workdir} is in use: the same run is going on in it") from None
+        raise InUseError(f"workdir {workdir} is in use: the same run is going on in it") from None
     except OSError:  # file systems without locks
         pass
     return 0

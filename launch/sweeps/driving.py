@@ -75,6 +75,10 @@ def run(path: Path, options: Options) -> int:
             if not _ids(lab, experiment) <= had and _is_left(lab, plan, options.workdir, run_id)
         ]
         options.say(f"{len(plan.runs) - len(missing)} of {len(plan.runs)} runs are done already")
+        if late := sum(
+            bool(_runner(lab, plan, options.workdir, each).too_late()) for each in plan.runs
+        ):
+            options.say(f"ptq_at: {late} runs are beyond shares asked for later, left out of them")
         try:
             if missing:
                 _EXECUTORS[options.executor](lab, plan, missing, options)
@@ -153,10 +157,14 @@ def _ids(lab: Lab, experiment: Experiment) -> set[str]:
 
 def _is_left(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> bool:
     """Whether a run has anything left to do."""
+    return bool(_runner(lab, plan, workdir, run_id).milestones())
+
+
+def _runner(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> Runner:
+    """What knows of a run's files."""
     experiment, folder = plan.runs[run_id], plan.folder(workdir, run_id)
     looks = Rounding(lab, experiment, folder, plan.sweep)
-    runner = Runner(lab, experiment, folder, Saving(0, 1, 0), lambda: False, WATCHING, looks)
-    return bool(runner.milestones())
+    return Runner(lab, experiment, folder, Saving(0, 1, 0), lambda: False, WATCHING, looks)
 
 
 def _set_damaged_aside(plan: Plan, workdir: Path) -> None:

@@ -88,7 +88,7 @@ class Worker:
         """Does what is left of a run and tells how it ended.
 
         Raises:
-            ValueError: the plan has no such run.
+            ValueError: the plan has no such run, or another worker is at work on it.
             OSError: a file cannot be read or written.
             PreemptedError: by SIGTERM; everything is saved.
         """
@@ -98,7 +98,7 @@ class Worker:
         folder = self._plan.folder(self._workdir, run_id)
         try:
             self._go_on(run_id, folder)
-        except (OSError, PreemptedError):
+        except (OSError, PreemptedError, training.InUseError):
             raise
         except Exception as error:
             reason = "".join(traceback.format_exception(error))

@@ -206,6 +206,15 @@ def test_a_run_that_raises_is_a_failed_row_and_tried_again_when_asked(
     assert printed.out.endswith(f"--runs={worker.runs[0]}\n")
 
 
+def test_shares_asked_for_too_late_are_said(undisturbed, sweep_file, data_dir, tmp_path, capsys):
+    path = tmp_path / "more.py"
+    path.write_text(sweep_file().read_text().replace("(0.5, 1.0)", "(0.25, 0.5, 1.0)"))
+    assert driving.run(path, driving.Options(undisturbed, data_dir)) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs are done already" in printed
+    assert "ptq_at: 4 runs are beyond shares asked for later" in printed
+
+
 def test_runs_of_an_earlier_table_are_not_run_again(undisturbed, sweep_file, data_dir, tmp_path):
     done = sweep(sweep_file(), tmp_path / "new", data_dir, f"--have={undisturbed / 'rows.csv'}")
     assert "6 of 6 runs are done already" in done.stdout
