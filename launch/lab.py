@@ -19,6 +19,7 @@ from qat.policy import Policy
 from qat.training import flops
 from qat.training.checkpoint import Checkpoints
 from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
+from qat.training.lanes import spread
 from qat.training.loop import TrainingResult, train
 from qat.training.optimizer import adamw
 from qat.training.processes import place
@@ -51,7 +52,7 @@ class Lab:
         self._data_dir = data_dir
         self._devices = devices
         self._datasets: dict[str, TextDataset] = {}
-        self._programs: dict[str, Programs] = {}
+        self._programs: dict[tuple[str, int], Programs] = {}
         self._lock = threading.Lock()
         self._shape_locks: dict[str, threading.Lock] = {}
         self._compiled: set[str] = set()
@@ -73,11 +74,16 @@ class Lab:
                 )
             return self._datasets[key]
 
-    def programs(self, experiment: Experiment) -> Programs:
-        """The jitted programs of an experiment's shape."""
-        config = experiment.config
+    def programs(self, experiment: Experiment, run: int = 0) -> Programs:
+        """The jitted programs of an experiment's shape.
+
+        Args:
+            experiment: of that shape.
+            run: size of the mesh's axis for lanes, see `lane_axis`; 0 is programs of one run.
+        """
+        config, key = experiment.config, (experiment.shape, run)
         with self._lock:
-            if experiment.shape not in self._programs:
+            if key not in self._programs:
                 task = language_model(experiment.model, experiment.policy, experiment.scaling)
                 optimizer = adamw(
                     weight_decay=config["weight_decay"],
@@ -85,11 +91,16 @@ class Lab:
                     not_decayed=config["not_decayed"],
                     rates=functools.partial(experiment.scaling.rates, axes=task.axes),
                 )
-                mesh = make_mesh(**config["mesh"], devices=self._devices)
-                self._programs[experiment.shape] = make_programs(
-                    task, optimizer, mesh, config["accumulation"]
-                )
-            return self._programs[experiment.shape]
+                mesh = make_mesh(**config["mesh"], devices=self._devices, run=run)
+                self._programs[key] = make_programs(task, optimizer, mesh, config["accumulation"])
+            return self._programs[key]
+
+    def lane_axis(self, experiment: Experiment, lanes: int) -> int:
+        """Parts of the mesh over which so many runs are spread; what is left is its data axis."""
+        mesh = experiment.config["mesh"]
+        devices = len(jax.devices() if self._devices is None else self._devices)
+        one_run = max(1, mesh["data"]) * mesh["fsdp"] * mesh["tensor"]
+        return spread(lanes, max(1, devices // one_run))
 
     def batches(self, experiment: Experiment) -> tuple[Batches, Batches]:
         """Training and validation batches of an experiment."""

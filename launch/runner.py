@@ -36,6 +36,7 @@ from qat.training.tensorboard import TensorBoard
 from qat.training.wandb import WeightsAndBiases
 
 ROWS = "rows.jsonl"
+CURVE = "curve.csv"
 CHECKPOINTS = "checkpoints"
 _Milestone = tuple[int, int, Schedule | None]
 
@@ -128,6 +129,17 @@ class Runner:
         passed = [step for step in self.looks.steps(trunk) if step < max(saved, default=0)]
         return [step for step in passed if self._is_due(trunk, step)]
 
+    def checkpoints(self, folder: Path, schedule: Schedule) -> Checkpoints:
+        """Those of the trunk or of a branch."""
+        identity = {
+            "configuration": self.experiment.config_hash,
+            "data": self.lab.dataset(self.experiment).fingerprint,
+            "seed": self.experiment.config["seed"],
+            "number of steps": schedule.total_steps,
+        }
+        keep, keep_every = self.saving.keep, self.saving.keep_every
+        return Checkpoints(folder / CHECKPOINTS, identity, keep=keep, keep_every=keep_every)
+
     def reach(
         self,
         milestones: Sequence[_Milestone],
@@ -146,6 +158,13 @@ class Runner:
                     if result.status == "ok":
                         self.looks.look(self.experiment.schedule, result)
 
+    def conclude(self, schedule: Schedule, result: TrainingResult, wall_s: float) -> None:
+        """The row of a trained budget, and what else is measured at its end."""
+        if not self.has_row(schedule):
+            self._write_row(schedule, result, wall_s)
+        if result.status == "ok" and self._is_due(schedule, schedule.total_steps):
+            self.looks.look(schedule, result)
+
     def _is_due(self, schedule: Schedule, step: int) -> bool:
         """Whether to look then, which is too late once the budget has diverged or failed."""
 
@@ -162,15 +181,12 @@ class Runner:
         return schedule.cooldown_start if branches else schedule.total_steps
 
     def _finish(self, schedule: Schedule) -> None:
-        """From training to the row of one budget, and what else is measured at its end."""
+        """From training to the row of one budget."""
         if schedule is self.experiment.schedule:
             result, wall_s = self._trunk(schedule.total_steps)
         else:
             result, wall_s = self._branch(schedule)
-        if not self.has_row(schedule):
-            self._write_row(schedule, result, wall_s)
-        if result.status == "ok" and self._is_due(schedule, schedule.total_steps):
-            self.looks.look(schedule, result)
+        self.conclude(schedule, result, wall_s)
 
     def _write_row(self, schedule: Schedule, result: TrainingResult, wall_s: float) -> None:
         """Evaluates, and adds the row to those of the run."""
@@ -194,7 +210,7 @@ class Runner:
     def _trunk(self, stop: int) -> tuple[TrainingResult, float]:
         """The trunk, trained up to a step and saved there."""
         schedule = self.experiment.schedule
-        with self._checkpoints(self.workdir, schedule) as checkpoints:
+        with self.checkpoints(self.workdir, schedule) as checkpoints:
             state = self.lab.restored(self.experiment, checkpoints)
             if state is None:
                 state = self.lab.fresh(self.experiment)
@@ -203,7 +219,7 @@ class Runner:
     def _branch(self, schedule: Schedule) -> tuple[TrainingResult, float]:
         """A branch, trained to its end; the trunk first, up to where it branches off."""
         folder = self._folder(schedule)
-        with self._checkpoints(folder, schedule) as checkpoints:
+        with self.checkpoints(folder, schedule) as checkpoints:
             state = self.lab.restored(self.experiment, checkpoints)
             if state is None:
                 trunk, wall_s = self._trunk(schedule.cooldown_start)
@@ -221,7 +237,7 @@ class Runner:
         stop: int,
     ) -> tuple[TrainingResult, float]:
         """One stretch of training, whose curve lies in the same folder."""
-        path, first, begun = folder / "curve.csv", self._first_step(schedule), int(state.step)
+        path, first, begun = folder / CURVE, self._first_step(schedule), int(state.step)
         if is_first() and (lost := begun - first - curve.rewind(path, begun)):
             print(f"warning: {path} lacks {lost} steps up to {begun}", file=sys.stderr, flush=True)
 
@@ -268,17 +284,6 @@ class Runner:
         for writer in writers:
             stack.callback(writer.close)
         return writers
-
-    def _checkpoints(self, folder: Path, schedule: Schedule) -> Checkpoints:
-        """Those of the trunk or of a branch."""
-        identity = {
-            "configuration": self.experiment.config_hash,
-            "data": self.lab.dataset(self.experiment).fingerprint,
-            "seed": self.experiment.config["seed"],
-            "number of steps": schedule.total_steps,
-        }
-        keep, keep_every = self.saving.keep, self.saving.keep_every
-        return Checkpoints(folder / CHECKPOINTS, identity, keep=keep, keep_every=keep_every)
 
     def _folder(self, schedule: Schedule) -> Path:
         """Where the curve and checkpoints of the trunk or of a branch are."""

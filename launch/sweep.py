@@ -38,6 +38,13 @@ _RETRY = flags.DEFINE_multi_enum(
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
     "checkpoint_every", 0, "Steps between checkpoints of a run; 0 saves at its end alone.", 0
 )
+_LANES = flags.DEFINE_integer(
+    "lanes",
+    1,
+    "Runs of one shape and length that train together as one program, at most; for accelerators, "
+    "which small models do not fill. They save nothing before their end: killed, they start again.",
+    1,
+)
 _SLURM = flags.DEFINE_multi_string(
     "slurm", [], "What each job gets, such as minutes=240 or partition=gpu; repeatable."
 )
@@ -81,6 +88,7 @@ def main(argv: list[str]) -> int:
         retry=frozenset(_RETRY.value),
         checkpoint_every=_CHECKPOINT_EVERY.value,
         slurm=tuple(_SLURM.value),
+        lanes=_LANES.value,
     )
     return driving.run(Path(str(_SWEEP.value)), options)
 

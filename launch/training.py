@@ -104,8 +104,7 @@ def go_on(
         PreemptedError: `preempted` said so; everything is saved.
     """
     with contextlib.ExitStack() as stack:
-        owner = {**experiment.config, "data_fingerprint": lab.dataset(experiment).fingerprint}
-        agree(lambda: _take(workdir, owner, stack))
+        take(lab, experiment, workdir, stack)
         run = Runner(lab, experiment, workdir, saving, preempted, watching, looks or Looks())
         milestones = run.milestones()
         if milestones:
@@ -113,12 +112,18 @@ def go_on(
         return bool(milestones)
 
 
-def _take(workdir: Path, owner: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
-    """Claims the workdir, and keeps other runs out of it until the stack is left.
+def take(lab: Lab, experiment: Experiment, workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Claims the workdir of a run, and keeps others out of it until the stack is left.
 
     Raises:
         ValueError: it belongs to another configuration, or a run is going on in it.
     """
+    owner = {**experiment.config, "data_fingerprint": lab.dataset(experiment).fingerprint}
+    agree(lambda: _take(workdir, owner, stack))
+
+
+def _take(workdir: Path, owner: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
+    """Claims and locks, in the first process alone."""
     claim(workdir, dict(owner))
     lock = stack.enter_context((workdir / "lock").open("w"))
     try:

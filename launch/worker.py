@@ -7,6 +7,9 @@ standard input, one a line; when it closes, the worker ends, even amid a run, si
 for it is gone. What happens is told on standard output, one JSON object a line. Runs that are
 finished are skipped, others go on where they were.
 
+Ids joined by + train together, as lanes of one program, if they were not begun; nothing is saved
+before their end, so that killed lanes start again from the beginning.
+
 Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 preempted by SIGTERM,
 run the same command again.
 """
@@ -25,7 +28,9 @@ from launch.main import PREEMPTED, run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep (required).")
 _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
-_RUNS = flags.DEFINE_string("runs", "-", "Ids of runs, separated by commas; - reads them.")
+_RUNS = flags.DEFINE_string(
+    "runs", "-", "Ids of runs, separated by commas; + joins lanes; - reads them."
+)
 _CORE = flags.DEFINE_integer("core", None, "Stay on this core if there is no accelerator.")
 _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Folder for compiled programs.")
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
@@ -51,8 +56,8 @@ def main(argv: list[str]) -> int:
     worker = Worker(Path(str(_WORKDIR.value)), Path(_DATA_DIR.value), _CHECKPOINT_EVERY.value)
     tell("ready", platform=jax.default_backend())
     try:
-        for run_id in _asked() if _RUNS.value == "-" else _named(_RUNS.value):
-            worker.work(run_id)
+        for lanes in _asked() if _RUNS.value == "-" else _named(_RUNS.value):
+            worker.work(lanes.split("+"))
     except PreemptedError as stopped:
         print(f"preempted, {stopped}", file=sys.stderr, flush=True)
         return PREEMPTED
@@ -60,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def _named(runs: str) -> Iterable[str]:
-    return [run_id for run_id in runs.split(",") if run_id]
+    return [lanes for lanes in runs.split(",") if lanes]
 
 
 def _asked() -> Iterator[str]:
@@ -77,9 +82,9 @@ def _asked() -> Iterator[str]:
         lines.put("")
 
     threading.Thread(target=listen, daemon=True).start()
-    while run_id := lines.get():
+    while lanes := lines.get():
         idle.clear()
-        yield run_id
+        yield lanes
         idle.set()
 
 

@@ -16,17 +16,32 @@ _LONGEST = 1000  # ids in one command: operating systems limit an argument to 12
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run as a scheduler sees it.
+    """A run, or several that train together, as a scheduler sees them.
 
     Attributes:
-        run_id: what is said to a worker.
-        shape: runs of one shape share compiled programs.
-        work: how long it takes, in any unit.
+        runs: their ids.
+        shape: runs of one shape share compiled programs, and so do as many together.
+        work: how long one takes, in any unit.
     """
 
-    run_id: str
+    runs: tuple[str, ...]
     shape: str
     work: float
+
+    @property
+    def programs(self) -> tuple[str, int]:
+        """Identifies what a worker compiles for it."""
+        return self.shape, len(self.runs)
+
+    @property
+    def cost(self) -> float:
+        """How long it takes."""
+        return self.work * len(self.runs)
+
+    @property
+    def word(self) -> str:
+        """How a worker is told of it."""
+        return "+".join(self.runs)
 
 
 def worker_command(workdir: Path, data_dir: Path, options: Mapping[str, Any]) -> list[str]:
@@ -44,13 +59,13 @@ def deal(jobs: Sequence[Job], hands: int) -> list[list[Job]]:
         hands: at least one a shape is dealt; 0 is one a shape.
     """
     shapes: dict[str, list[Job]] = defaultdict(list)
-    for job in sorted(jobs, key=lambda job: -job.work):
+    for job in sorted(jobs, key=lambda job: -job.cost):
         shapes[job.shape].append(job)
-    total = sum(job.work for job in jobs)
+    total = sum(job.cost for job in jobs)
     dealt: list[list[Job]] = []
     for group in shapes.values():
-        share = sum(job.work for job in group) / total
-        parts = max(1, round(hands * share), -(-len(group) // _LONGEST))
+        share = sum(job.cost for job in group) / total
+        parts = max(1, round(hands * share), -(-sum(len(job.runs) for job in group) // _LONGEST))
         dealt += _parts(group, min(parts, len(group)))
     return dealt
 
@@ -62,5 +77,5 @@ def _parts(jobs: Sequence[Job], count: int) -> list[list[Job]]:
     for job in jobs:
         least = loads.index(min(loads))
         parts[least].append(job)
-        loads[least] += job.work
+        loads[least] += job.cost
     return parts

@@ -19,7 +19,7 @@ from launch.lab import Lab
 from launch.main import DIVERGED, PREEMPTED
 from launch.progress import Meter
 from launch.runner import ROWS, Runner, Saving
-from launch.sweeps import cluster, local
+from launch.sweeps import cluster, lanes, local
 from launch.sweeps.commands import Job, deal, worker_command
 from launch.sweeps.plan import Plan, experiments, structures
 from launch.sweeps.rounding import FOLDER, UNFINISHED, Rounding
@@ -45,6 +45,7 @@ class Options:
     retry: frozenset[str] = frozenset()
     checkpoint_every: int = 0
     slurm: tuple[str, ...] = ()
+    lanes: int = 1
 
     def say(self, line: str) -> None:
         """Prints a line, beside the commands where these are all of the output."""
@@ -190,7 +191,9 @@ def _forget(plan: Plan, workdir: Path, statuses: Collection[str]) -> None:
 def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
     """Runs on this machine."""
     command = [*_command(options), "--runs=-"]
-    pool = local.Pool(command, _jobs(plan, missing), options.workdir / "logs", options.workers)
+    pool = local.Pool(
+        command, _jobs(plan, missing, options), options.workdir / "logs", options.workers
+    )
     counts: collections.Counter[str] = collections.Counter()
     tokens = sum(plan.runs[run_id].tokens for run_id in missing) / 1e6
     with Meter("Training", tokens, "million tokens") as meter:
@@ -219,13 +222,15 @@ def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) ->
 def _emit(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
     """Prints a command for each group of runs."""
     del lab
-    for hand in deal(_jobs(plan, missing), options.workers):
+    for hand in deal(_jobs(plan, missing, options), options.workers):
         print(shlex.join(_on(options, hand)))
 
 
-def _jobs(plan: Plan, missing: Sequence[str]) -> list[Job]:
-    runs = ((run_id, plan.runs[run_id]) for run_id in missing)
-    return [Job(run_id, each.shape, each.tokens * each.model.params) for run_id, each in runs]
+def _jobs(plan: Plan, missing: Sequence[str], options: Options) -> list[Job]:
+    """Runs, or those that train together as lanes."""
+    groups = lanes.groups({run_id: plan.runs[run_id] for run_id in missing}, options.lanes)
+    firsts = ((runs, plan.runs[runs[0]]) for runs in groups)
+    return [Job(runs, each.shape, each.tokens * each.model.params) for runs, each in firsts]
 
 
 def _command(options: Options) -> list[str]:
@@ -251,14 +256,16 @@ def _run_on_cluster(lab: Lab, plan: Plan, missing: Sequence[str], options: Optio
     if earlier := cluster.alive(folder):
         cluster.follow(folder, earlier, done, len(missing))
     if remaining := left():
-        commands = [_on(options, hand) for hand in deal(_jobs(plan, remaining), options.workers)]
+        commands = [
+            _on(options, hand) for hand in deal(_jobs(plan, remaining, options), options.workers)
+        ]
         jobs = slurm.submit(commands, folder, resources)
         cluster.follow(folder, jobs, done, len(missing))
 
 
 def _on(options: Options, hand: Sequence[Job]) -> list[str]:
     """The command of a worker for some runs."""
-    return [*_command(options), f"--runs={','.join(job.run_id for job in hand)}"]
+    return [*_command(options), f"--runs={','.join(job.word for job in hand)}"]
 
 
 _EXECUTORS = {"local": _run_here, "slurm": _run_on_cluster, "emit": _emit}

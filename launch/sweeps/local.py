@@ -3,10 +3,12 @@
 Without an accelerator there is a worker for every core, since small models gain more from running
 side by side than from sharing cores; with one there is a single worker, which has all devices. A
 worker gets runs of the shape it has compiled as long as there are any, the longest first. A worker
-that dies is replaced and its run tried again; a run that kills three workers is given up.
+that dies is replaced and its run tried again; a run that kills three workers is given up. Runs that
+are lanes of one program are one job, tried once more together and then each alone.
 """
 
 import contextlib
+import dataclasses
 import json
 import queue
 import subprocess
@@ -31,7 +33,8 @@ class _Process:
     def __init__(self, command: Sequence[str], core: int, log: Path, events: queue.Queue[Any]):
         self.core = core
         self.job: Job | None = None
-        self.shapes: set[str] = set()
+        self.left: list[str] = []  # runs of the job
+        self.compiled: set[tuple[str, int]] = set()
         self._log = log
         with log.open("ab") as errors:
             self._popen = subprocess.Popen(
@@ -52,12 +55,12 @@ class _Process:
         events.put((self, {"event": "ended"}))
 
     def begin(self, job: Job) -> None:
-        """Hands over a run; one that is dead already says so by itself."""
+        """Hands over a job; one that is dead already says so by itself."""
         assert self._popen.stdin
-        self.job = job
-        self.shapes.add(job.shape)
+        self.job, self.left = job, list(job.runs)
+        self.compiled.add(job.programs)
         with contextlib.suppress(BrokenPipeError, ValueError):
-            self._popen.stdin.write(f"{job.run_id}\n")
+            self._popen.stdin.write(f"{job.word}\n")
             self._popen.stdin.flush()
 
     def close(self) -> None:
@@ -93,7 +96,7 @@ class Pool:
 
     def __init__(self, command: Sequence[str], jobs: Sequence[Job], logs: Path, workers: int = 0):
         self._command, self._logs, self._most = list(command), logs, workers
-        self._waiting = sorted(jobs, key=lambda job: -job.work)
+        self._waiting = sorted(jobs, key=lambda job: -job.cost)
         self._events: queue.Queue[tuple[_Process, Event]] = queue.Queue()
         self._running: list[_Process] = []
         self._attempts: Counter[str] = Counter()
@@ -119,9 +122,11 @@ class Pool:
                         self._start_others(cores)
                     self._next(process)
                 elif event["event"] == "done":
-                    process.job = None
+                    process.left.remove(event["run"])
                     on_event(event)
-                    self._next(process)
+                    if not process.left:
+                        process.job = None
+                        self._next(process)
                 elif event["event"] == "ended":
                     self._bury(process, on_event)
                 else:
@@ -151,13 +156,14 @@ class Pool:
 
     def _rank(self, process: _Process, job: Job) -> tuple[bool, int, float]:
         """Compiled shapes first, then those that fewest others have, then the longest runs."""
-        others = sum(job.shape in each.shapes for each in self._running if each is not process)
-        compiled = job.shape in process.shapes
-        return not compiled, 0 if compiled else others, -job.work
+        others = sum(job.programs in p.compiled for p in self._running if p is not process)
+        compiled = job.programs in process.compiled
+        return not compiled, 0 if compiled else others, -job.cost
 
     def _bury(self, process: _Process, on_event: Callable[[Event], None]) -> None:
-        """Takes a worker that ended off the list; its run, if it had one, is tried again."""
+        """Takes a worker that ended off the list; its job, if it had one, is tried again."""
         self._running.remove(process)
+        process.close()
         job = process.job
         if job is None and process.exit_code == 0:
             return
@@ -167,11 +173,15 @@ class Pool:
             return
         if job is None:
             raise OSError(f"a worker ended by itself: {process.last_words()}")
-        self._attempts[job.run_id] += 1
-        given_up = self._attempts[job.run_id] >= _ATTEMPTS
         reason = process.last_words()
-        on_event({"event": "lost", "run": job.run_id, "given_up": given_up, "reason": reason})
-        if not given_up:
-            self._waiting.append(job)
+        again = []
+        for run in process.left:
+            self._attempts[run] += 1
+            given_up = self._attempts[run] >= _ATTEMPTS
+            on_event({"event": "lost", "run": run, "given_up": given_up, "reason": reason})
+            again += [] if given_up else [run]
+        together = all(self._attempts[run] < 2 for run in again)
+        parts = [tuple(again)] if together else [(run,) for run in again]
+        self._waiting += [dataclasses.replace(job, runs=part) for part in parts if part]
         if self._waiting:
             self._start(process.core)

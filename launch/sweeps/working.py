@@ -3,11 +3,16 @@
 A run that raises is a row too, of status "failed", with the reason in `error.txt` beside it; the
 worker goes on with the next. Only a file system that cannot be read or written stops it, because
 then no row could be written either.
+
+Runs that are asked for together begin as lanes of one program. Whatever they then lack is done one
+run after another.
 """
 
+import contextlib
 import json
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +22,8 @@ import numpy as np
 
 from launch import training
 from launch.lab import Lab
-from launch.runner import ROWS, Saving, Watching
+from launch.runner import ROWS, Runner, Saving, Watching
+from launch.sweeps import lanes
 from launch.sweeps.plan import Plan
 from launch.sweeps.rounding import Rounding
 from qat.spelling import expected_one_of
@@ -84,17 +90,51 @@ class Worker:
         self._lab = Lab(data_dir, devices)
         self._saving = Saving(every=checkpoint_every, keep=1, keep_every=0)
 
-    def work(self, run_id: str) -> None:
-        """Does what is left of a run and tells how it ended.
+    def work(self, run_ids: Sequence[str]) -> None:
+        """Does what is left of some runs, those not begun as lanes, and tells how each ended.
 
         Raises:
-            ValueError: the plan has no such run, or another worker is at work on it.
+            ValueError: the plan has no such run, they do not train together, or another worker is
+                at work on one.
             OSError: a file cannot be read or written.
-            PreemptedError: by SIGTERM; everything is saved.
+            PreemptedError: by SIGTERM; all but what lanes did is saved.
         """
         runs = self._plan.runs
-        if run_id not in runs:
-            raise ValueError(expected_one_of("run", run_id, list(runs)))
+        for run_id in run_ids:
+            if run_id not in runs:
+                raise ValueError(expected_one_of("run", run_id, list(runs)))
+        lanes.check([runs[run_id] for run_id in run_ids])
+        if len(run_ids) > 1:
+            self._begin_together(run_ids)
+        for run_id in run_ids:
+            self._finish(run_id)
+
+    def _begin_together(self, run_ids: Sequence[str]) -> None:
+        """As lanes; an error of theirs says nothing of any single run."""
+        try:
+            with Preemption() as preempted, contextlib.ExitStack() as stack:
+                lanes.go_on([self._lane(run_id, preempted, stack) for run_id in run_ids])
+        except (OSError, PreemptedError):
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            together = ", ".join(run_ids)
+            line = f"warning: runs {together} go on one after another, not as lanes: {reason}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _lane(
+        self, run_id: str, preempted: Callable[[], bool], stack: contextlib.ExitStack
+    ) -> Runner:
+        """A run in its folder, which it has until the stack is left."""
+        experiment, folder = self._plan.runs[run_id], self._plan.folder(self._workdir, run_id)
+        training.check(self._lab, experiment)
+        training.take(self._lab, experiment, folder, stack)
+        looks = Rounding(self._lab, experiment, folder, self._plan.sweep)
+        told = Told(run_id, experiment.tokens_at(1))
+        return Runner(self._lab, experiment, folder, self._saving, preempted, WATCHING, looks, told)
+
+    def _finish(self, run_id: str) -> None:
+        """Does what is left of a run and tells how it ended."""
         folder = self._plan.folder(self._workdir, run_id)
         try:
             self._go_on(run_id, folder)

@@ -9,6 +9,7 @@ before a checkpoint that covers it is begun.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -82,8 +83,7 @@ def train(
     losses: dict[int, float] = {}
     unread: list[Metrics] = []  # of the last steps taken
 
-    def sound(metrics: Metrics) -> bool:
-        return math.isfinite(metrics.loss) and float(metrics.loss) <= loss_limit
+    sound = functools.partial(is_sound, loss_limit=loss_limit)
 
     def report(taken: int, running: int) -> bool:
         """Reads all steps but the newest `running`; whether none diverged."""
@@ -113,6 +113,11 @@ def train(
     if taken < end:
         raise PreemptedError(f"stopped after {taken} of {end} steps")
     return TrainingResult(state, "ok", losses)
+
+
+def is_sound(metrics: Metrics, loss_limit: float) -> bool:
+    """Whether a step, on the host, has not diverged."""
+    return math.isfinite(metrics.loss) and float(metrics.loss) <= loss_limit
 
 
 def _read(unread: list[Metrics], count: int, sound: Callable[[Metrics], bool]) -> list[Metrics]:

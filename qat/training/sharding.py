@@ -7,6 +7,9 @@ training state. An array that no rule knows is an error, not silently replicated
 
 Activations are named by the model where they are computed; `constrain` places them when the
 program runs on a mesh, and does nothing in a program that knows of none.
+
+A mesh may have one more axis in front, over which whole runs are spread: each of its devices, or
+groups of devices, holds the state of other runs, so that nothing is sent along it while they train.
 """
 
 import functools
@@ -22,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Result = TypeVar("Result")
 
 MESH_AXES = ("data", "fsdp", "tensor")
+RUN = "run"
 BATCH = PartitionSpec(("data", "fsdp"))
 
 LogicalAxes = Sequence[tuple[str, tuple[str | EllipsisType | None, ...]]]
@@ -41,34 +45,43 @@ _ACTIVATIONS: Mapping[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    run: int = 0,
 ) -> Mesh:
-    """A mesh of data × fsdp × tensor devices.
+    """A mesh of data × fsdp × tensor devices, or of run × data × fsdp × tensor.
 
     Args:
         data: copies of the model; -1 takes all remaining devices.
         fsdp: devices over which parameters and batch are split.
         tensor: devices over which heads and hidden layers are split.
         devices: all there are if None.
+        run: parts of the mesh that train different runs; 0 is a mesh without that axis, for
+            programs of one run.
 
     Raises:
         ValueError: the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1) or run < 0:
         raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: expected at least 1 of each "
-            "(data = -1 takes what is left)"
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}, run={run}: expected at least 1 of "
+            "each (data = -1 takes what is left, run = 0 is no such axis)"
         )
+    runs = max(1, run)
     if data == -1:
-        data = max(1, len(devices) // (fsdp * tensor))
-    if data * fsdp * tensor != len(devices):
+        data = max(1, len(devices) // (runs * fsdp * tensor))
+    if runs * data * fsdp * tensor != len(devices):
+        before = f"run={run} × " if run else ""
         raise ValueError(
-            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {data * fsdp * tensor} "
-            f"devices, there are {len(devices)}"
+            f"mesh {before}data={data} × fsdp={fsdp} × tensor={tensor} needs "
+            f"{runs * data * fsdp * tensor} devices, there are {len(devices)}"
         )
-    grid = np.asarray(devices).reshape(data, fsdp, tensor)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    axes = (RUN, *MESH_AXES) if run else MESH_AXES
+    grid = np.asarray(devices).reshape((runs, data, fsdp, tensor)[-len(axes) :])
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def state_shardings(
@@ -93,6 +106,17 @@ def state_shardings(
         return NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, axes, mapping))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def of_lanes(shardings: Any) -> Any:
+    """Placement of stacked arrays, on a mesh with the axis `RUN`, from that of one lane's.
+
+    Args:
+        shardings: pytree of `NamedSharding`.
+    """
+    return jax.tree.map(
+        lambda each: NamedSharding(each.mesh, PartitionSpec(RUN, *each.spec)), shardings
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

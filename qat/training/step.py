@@ -10,6 +10,9 @@ state's seed and step number. Accumulation splits a batch into parts that follow
 averages their gradients; a part holds every A-th sequence, so that each device's share of the
 batch gives a share of every part. What a quantizer scales by is then the part's, not the batch's.
 
+On a mesh with the axis `run` the programs are of many runs at once, lanes: all they take and give
+is stacked along a first axis, as many as there are lanes.
+
 Shapes: B sequences, A parts, T tokens, S = T + 1 tokens of a record, V vocabulary.
 """
 
@@ -26,7 +29,15 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from qat.training.processes import RowsByStep, place
 from qat.training.schedule import Schedule, learning_rate
-from qat.training.sharding import BATCH, LogicalAxes, constrain, on_mesh, state_shardings
+from qat.training.sharding import (
+    BATCH,
+    RUN,
+    LogicalAxes,
+    constrain,
+    of_lanes,
+    on_mesh,
+    state_shardings,
+)
 
 Params = Any
 Constants = Any
@@ -67,6 +78,9 @@ class Metrics(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """Jitted functions that share one shape; each compiles at its first call.
+
+    Those of a mesh with the axis `run` are of lanes: every argument and result has one more axis
+    in front.
 
     Attributes:
         init_state: (seed) → state.
@@ -127,19 +141,39 @@ def make_programs(
     placed = state_shardings(abstract, mesh, task.axes)
     batch = NamedSharding(mesh, BATCH)
     same = NamedSharding(mesh, PartitionSpec())
+    functions: tuple[Callable[..., Any], ...] = (init_state, train_step, eval_step)
+    if RUN in mesh.shape:
+        placed, batch = of_lanes((placed, batch))
+        functions = _stacked(*functions)
+    init, step, evaluation = functions
     return Programs(
-        init_state=jax.jit(init_state, out_shardings=placed),
+        init_state=jax.jit(init, out_shardings=placed),
         train_step=jax.jit(
-            on_mesh(mesh, train_step),
+            on_mesh(mesh, step),
             in_shardings=(placed, same, same, batch),
             out_shardings=(placed, same),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            on_mesh(mesh, eval_step), in_shardings=(placed.params, same, batch), out_shardings=same
+            on_mesh(mesh, evaluation), in_shardings=(placed.params, same, batch), out_shardings=same
         ),
         batch_sharding=batch,
         state_sharding=placed,
+    )
+
+
+def _stacked(
+    init_state: Callable[..., Any], train_step: Callable[..., Any], eval_step: Callable[..., Any]
+) -> tuple[Callable[..., Any], ...]:
+    """The three functions of stacks.
+
+    Lanes are initialised one after another: mapped random numbers take XLA on CPU six times as
+    long to compile.
+    """
+    return (
+        lambda seeds_L: jax.lax.map(init_state, seeds_L),
+        jax.vmap(train_step, spmd_axis_name=RUN),
+        jax.vmap(eval_step, spmd_axis_name=RUN),
     )
 
 

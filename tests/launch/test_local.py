@@ -33,7 +33,7 @@ for line in sys.stdin:
 def pool(tmp_path):
     def pool(names, workers=2, platform="cpu"):
         command = [sys.executable, "-c", WORKER.format(platform=platform), str(tmp_path)]
-        jobs = [Job(name, shape, work) for name, shape, work in names]
+        jobs = [Job((name,), shape, work) for name, shape, work in names]
         return Pool(command, jobs, tmp_path / "logs", workers)
 
     return pool
@@ -93,11 +93,13 @@ def test_a_full_disk_stops_all_with_the_workers_own_words(pool):
 
 
 def test_hands_have_one_shape_each_and_about_equal_work():
-    jobs = [Job(f"a{i}", "a", 3.0) for i in range(12)] + [Job(f"b{i}", "b", 1.0) for i in range(12)]
+    jobs = [Job((f"a{i}",), "a", 3.0) for i in range(12)] + [
+        Job((f"b{i}",), "b", 1.0) for i in range(12)
+    ]
     hands = deal(jobs, 4)
     assert len(hands) == 4
     assert all(len({job.shape for job in hand}) == 1 for hand in hands)
-    assert sorted(job.run_id for hand in hands for job in hand) == sorted(j.run_id for j in jobs)
+    assert sorted(job.word for hand in hands for job in hand) == sorted(j.word for j in jobs)
     assert sorted(sum(job.work for job in hand) for hand in hands) == [12, 12, 12, 12]
     assert len(deal(jobs, 0)) == 2
-    assert max(map(len, deal([Job(str(i), "a", 1.0) for i in range(2500)], 1))) <= 1000
+    assert max(map(len, deal([Job((str(i),), "a", 1.0) for i in range(2500)], 1))) <= 1000

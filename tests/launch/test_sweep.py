@@ -168,7 +168,7 @@ def test_a_worker_compiles_once_for_all_precisions_of_a_shape(sweep_file, data_d
     worker = worker_of(sweep_file(), data_dir, tmp_path)
     with counting_compiles() as compiled:
         for run_id in worker.runs:
-            worker.work(run_id)
+            worker.work([run_id])
     assert compiled["train_step"] == 1
     assert compiled["eval_step"] == 1
 
@@ -188,9 +188,9 @@ def test_a_run_that_raises_is_a_failed_row_and_tried_again_when_asked(
     worker = worker_of(sweep_file(("none",)), data_dir, tmp_path)
     train = runner.Runner._trunk
     monkeypatch.setattr(runner.Runner, "_trunk", lambda run, stop: 1 // 0)
-    worker.work(worker.runs[0])
+    worker.work([worker.runs[0]])
     monkeypatch.setattr(runner.Runner, "_trunk", train)
-    worker.work(worker.runs[1])
+    worker.work([worker.runs[1]])
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     ends = [event["status"] for event in events if event["event"] == "done"]
     assert ends == ["failed", "ok"]
