@@ -126,6 +126,11 @@ def _schedules(config: Mapping[str, Any]) -> list[Schedule]:
     budgets = [*shorter, config["tokens"]]
     tokens_per_step = _tokens_per_step(config)
     for tokens in budgets:
+        if not isinstance(tokens, int):
+            raise ValueError(
+                f"schedule.branches = {tuple(shorter)}: expected whole numbers of tokens, such as "
+                f"({int(tokens)},)"
+            )
         if tokens < tokens_per_step:
             raise ValueError(
                 f"tokens = {tokens} is less than one batch of {tokens_per_step} tokens"

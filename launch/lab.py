@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from qat.training.data import Batches, TextDataset, prepare, train_batches, vali
 from qat.training.lanes import spread
 from qat.training.loop import TrainingResult, train
 from qat.training.optimizer import adamw
-from qat.training.processes import place
 from qat.training.results import Row, hash_of, package_versions
 from qat.training.schedule import Schedule
 from qat.training.sharding import make_mesh
@@ -54,8 +53,6 @@ class Lab:
         self._datasets: dict[str, TextDataset] = {}
         self._programs: dict[tuple[str, int], Programs] = {}
         self._lock = threading.Lock()
-        self._shape_locks: dict[str, threading.Lock] = {}
-        self._compiled: set[str] = set()
 
     def dataset(self, experiment: Experiment) -> TextDataset:
         """The prepared text of an experiment."""
@@ -92,6 +89,7 @@ class Lab:
                     rates=functools.partial(experiment.scaling.rates, axes=task.axes),
                 )
                 mesh = make_mesh(**config["mesh"], devices=self._devices, run=run)
+                check_batch(config, mesh.shape)
                 self._programs[key] = make_programs(task, optimizer, mesh, config["accumulation"])
             return self._programs[key]
 
@@ -110,21 +108,6 @@ class Lab:
             train_batches(dataset, size, config["seed"]),
             validation_batches(dataset, size, config["evaluation_batches"]),
         )
-
-    def compile(self, experiment: Experiment) -> None:
-        """Compiles a shape's programs once, also for threads that meet in an unseen shape."""
-        with self._lock:
-            lock = self._shape_locks.setdefault(experiment.shape, threading.Lock())
-        with lock:
-            if experiment.shape in self._compiled:
-                return
-            programs = self.programs(experiment)
-            constants = constants_for(experiment.model, experiment.policy)
-            batch = place(self.batches(experiment)[0], 0, programs.batch_sharding)
-            state = programs.init_state(np.uint32(0))
-            programs.eval_step(state.params, constants, batch)
-            programs.train_step(state, constants, experiment.schedule, batch)
-            self._compiled.add(experiment.shape)
 
     def run_id(self, experiment: Experiment, schedule: Schedule | None = None) -> str:
         """Identifies config, data, and the schedule if it is that of a branch."""
@@ -242,4 +225,14 @@ class Lab:
             data_fingerprint=self.dataset(experiment).fingerprint,
             config_hash=experiment.config_hash,
             versions=package_versions(),
+        )
+
+
+def check_batch(config: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
+    """Raises ValueError unless devices, by mesh axis, can share every part of a batch evenly."""
+    parts, data, fsdp = config["accumulation"], mesh["data"], mesh["fsdp"]
+    if config["batch_size"] % (parts * data * fsdp):
+        raise ValueError(
+            f"batch_size = {config['batch_size']} is not a multiple of accumulation × data × fsdp "
+            f"= {parts} × {data} × {fsdp}"
         )

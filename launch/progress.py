@@ -52,6 +52,7 @@ class Meter:
         self._done = self._before = 0.0
         self._start = self._last_line = time.monotonic()
         self._lock = threading.Lock()
+        self._first: tuple[float, float] | None = None  # when, and how much was done by then
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -97,16 +98,23 @@ class Meter:
                 self._bar.update(self._task, advance=amount, note=note)
                 return
             now = time.monotonic()
+            if self._first is None:
+                self._first = (now, self._done - self._before)
             if now - self._last_line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
                 self._last_line = now
-                elapsed = now - self._start
-                here = self._done - self._before
-                left = elapsed / here * (self._total - self._done) if here else 0.0
-                print(
-                    f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, "
-                    f"{elapsed:.0f} s, {max(left, 0):.0f} s left{', ' if note else ''}{note}",
-                    flush=True,
-                )
+                parts = [f"{self._done:.0f}/{self._total:.0f} {self._unit}"]
+                parts += [f"{now - self._start:.0f} s", *self._time_left(now), note]
+                print(f"{self._title}: {', '.join(filter(None, parts))}", flush=True)
+
+    def _time_left(self, now: float) -> list[str]:
+        """At the pace since the first work was done, as what came before was preparation."""
+        here = self._done - self._before
+        assert self._first
+        began, before = self._first
+        left = self._total - self._done
+        if left <= 0:
+            return ["0 s left"]
+        return [f"{(now - began) / (here - before) * left:.0f} s left"] if here > before else []
 
     def say(self, line: str) -> None:
         """Prints a line beside the bar."""

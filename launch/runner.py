@@ -161,6 +161,8 @@ class Runner:
     def conclude(self, schedule: Schedule, result: TrainingResult, wall_s: float) -> None:
         """The row of a trained budget, and what else is measured at its end."""
         if not self.has_row(schedule):
+            if result.status == "diverged" and result.losses and is_first():
+                print(_divergence(self.experiment, result), file=sys.stderr, flush=True)
             self._write_row(schedule, result, wall_s)
         if result.status == "ok" and self._is_due(schedule, schedule.total_steps):
             self.looks.look(schedule, result)
@@ -300,3 +302,12 @@ class Runner:
     def _first_step(self, schedule: Schedule) -> int:
         """Steps of the trunk that a budget's own curve leaves out."""
         return 0 if schedule is self.experiment.schedule else schedule.cooldown_start
+
+
+def _divergence(experiment: Experiment, result: TrainingResult) -> str:
+    """Where a run diverged, in a line."""
+    step, loss = max(result.losses.items())
+    return (
+        f"diverged at step {step}: training loss {loss:.4g} nats/token; the limit is "
+        f"{experiment.loss_limit:.4g}, three times that of guessing"
+    )

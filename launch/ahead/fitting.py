@@ -19,6 +19,7 @@ import jax
 from launch.ahead.compilation import Compiled, TooLarge, abstract_state, compile_step
 from launch.ahead.topologies import devices_of, larger
 from launch.experiment import Experiment
+from launch.lab import check_batch
 from models.task import AXES
 from qat.training.sharding import MESH_AXES, make_mesh, state_shardings
 
@@ -123,11 +124,7 @@ def _activations(experiment: Experiment, mesh: Mesh) -> float:
     """Bytes of what the forward pass keeps and of the busiest place."""
     config, model = experiment.config, experiment.model
     shares = config["accumulation"] * mesh["data"] * mesh["fsdp"]
-    if config["batch_size"] % shares:
-        raise ValueError(
-            f"batch_size = {config['batch_size']} in {config['accumulation']} parts is not a "
-            f"multiple of data × fsdp = {mesh['data'] * mesh['fsdp']}"
-        )
+    check_batch(config, mesh)
     sequences: int = config["batch_size"] // shares
     tensor, tokens = mesh["tensor"], int(config["data"]["sequence_length"])
     compute = 2 if model.dtype != "float32" else _FLOAT32

@@ -41,6 +41,10 @@ class NoiseKey(nnx.Variable[Any]):
     """Words of a random key for stochastic rounding, set anew for every step by `set_key`."""
 
 
+class StackMark(nnx.Variable[jax.Array]):
+    """An array in place of a native policy's, which has none, to show a stack of layers by."""
+
+
 class LearnedScale(nnx.Param[jax.Array]):
     """A scale that is trained (LSQ)."""
 
@@ -73,6 +77,8 @@ class Slot(nnx.Module):
         self.operands = operands
         self.policy = PolicyState(stacked(policy.traced(), stack))
         self.key = NoiseKey(None)
+        bare = not jax.tree.leaves(self.policy.get_value())
+        self.mark = nnx.data(StackMark(stacked(jnp.zeros(1, jnp.bool_), stack)) if bare else None)
         for operand in operands:
             quantizer = getattr(policy, operand)
             held = _held_value(operand, quantizer, kernel, axis, stack)

@@ -136,8 +136,8 @@ def layer_path(path: Iterable[Any]) -> str:
 
 def stack_of(slot: Slot) -> tuple[int, ...]:
     """Leading axes of the stack of layers that a slot belongs to."""
-    leaves = jax.tree.leaves(slot.policy.get_value())
-    return tuple(leaves[0].shape[:-1]) if leaves else ()
+    shown = slot.policy.get_value() if slot.mark is None else slot.mark.get_value()
+    return tuple(jax.tree.leaves(shown)[0].shape[:-1])
 
 
 def _fitted(path: str, slot: Slot, rules: Rules) -> Policy:

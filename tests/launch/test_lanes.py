@@ -52,7 +52,7 @@ def work(labs, sweep, tmp_path, monkeypatch, capsys):
     """Works on runs of a sweep, named by their numbers, in a folder of its own."""
 
     def work(name, *jobs, devices=4, sweep=sweep):
-        monkeypatch.setattr(working, "Lab", lambda data_dir, devices: labs[devices])
+        monkeypatch.setattr(working, "Lab", lambda data_dir, _: labs[devices])
         plan = Plan.of(sweep, labs[devices])
         plan.write(tmp_path / name)
         worker, ids = Worker(tmp_path / name, tmp_path, 0), list(plan.runs)

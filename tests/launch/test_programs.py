@@ -52,6 +52,11 @@ def small(corpus, **changes):
         (["--config.data.source=folder:/nowhere"], "/nowhere is not a folder"),
         (["--config.data.source={empty}"], "has no text"),
         (["--config.mesh.fsdp=0"], "fsdp=0"),
+        (["--config.batch_size=9"], "accumulation × data × fsdp = 1 × 8 × 1"),
+        (
+            ["--config.schedule.name=wsd", "--config.schedule.branches=(640.0,)"],
+            "expected whole numbers of tokens, such as (640,)",
+        ),
         (["--config.batch_size=300000", "--config.tokens=20000000"], "batch_size 300000 exceeds"),
         (["--workdir={used}"], "not empty and no run made it"),
     ],

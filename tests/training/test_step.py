@@ -121,9 +121,10 @@ def test_accumulation_on_a_mesh_splits_every_device_s_share(programs):
     np.testing.assert_allclose(list(split.values()), list(whole.values()), rtol=1e-5)
 
 
-def test_stochastic_rounding_is_a_function_of_seed_and_step():
+@pytest.mark.parametrize("mode", ["fake", "native"])
+def test_stochastic_rounding_is_a_function_of_seed_and_step(mode):
     rounding = Quantizer("int8", "token", rounding="stochastic")
-    policy = dataclasses.replace(Policy.parse("w4a8"), gradients=rounding)
+    policy = dataclasses.replace(Policy.parse("w8a8"), gradients=rounding, mode=mode)
     task = language_model(CONFIG, policy)
     programs = make_programs(task, adamw(), make_mesh(devices=jax.devices()[:1]))
     constants, schedule = constants_for(CONFIG, policy), warmup_cosine(1e-2, 10)
