@@ -202,6 +202,14 @@ class Runner:
         if is_first():
             write_rows(self.workdir / ROWS, [*rows_of(self.workdir), row])
 
+    def report_errors(self) -> None:
+        """Those of a finished run."""
+        schedule = self.experiment.schedule
+        with self.checkpoints(self.workdir, schedule) as checkpoints:
+            state = self.lab.restored(self.experiment, checkpoints)
+        if state is not None:
+            self._report_errors(schedule, state.params)
+
     def _report_errors(self, schedule: Schedule, params: Params) -> None:
         """Prints every quantizer's error, and keeps it beside the budget's curve."""
         errors = self.lab.errors(self.experiment, params)

@@ -109,6 +109,8 @@ def go_on(
         milestones = run.milestones()
         if milestones:
             run.reach(milestones, progress)
+        elif watching.errors:
+            run.report_errors()
         return bool(milestones)
 
 

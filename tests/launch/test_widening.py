@@ -36,6 +36,7 @@ def test_updates_keep_their_size_under_mup(corpus, policy):
     assert max(abs(slope) for slope in slopes.values()) < 0.15
 
 
+@pytest.mark.slow
 def test_updates_grow_without_a_rule(corpus):
     assert measured(corpus, "fixed", "none")["block 1"] > 0.4
 

@@ -99,7 +99,10 @@ def alone(programs):
     return [train_alone(*each) for each in zip(SEEDS, SCHEDULES, BATCHES, strict=True)]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [mesh if mesh == "pairs" else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES],
+)
 def test_every_lane_is_the_run_alone(mesh, alone):
     result, losses = together(programs_of(mesh), begun(mesh, SEEDS))
     whole = jax.tree.map(lambda _: whole_on(mesh), result.state)
@@ -117,7 +120,7 @@ def test_every_lane_is_the_run_alone(mesh, alone):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["one", "pairs"])
+@pytest.mark.parametrize("mesh", [pytest.param("one", marks=pytest.mark.slow), "pairs"])
 def test_each_lane_has_a_precision_of_its_own(mesh, programs):
     lane_programs = programs_of(mesh)
     policies = ("none", "w4", "w2", "a3", "kv2", "w4a8kv4", "we2m1", "w3")
