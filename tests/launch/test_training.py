@@ -1,6 +1,7 @@
 """A run in a folder: exit codes, its rows and branches, stopped anywhere, and kept to itself."""
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -31,7 +32,7 @@ def go(corpus, shared_lab, tmp_path, monkeypatch):
     """Runs a changed small config in a folder, through programs compiled once."""
     monkeypatch.setattr(training, "Lab", lambda data_dir: shared_lab)
 
-    def go(name="run", saving=SAVING, **changes):
+    def go(name="run", saving=SAVING, watching=WATCHING, **changes):
         config = experiment.get_config()
         config.data.source = f"folder:{corpus}"
         config.data.sequence_length = 16
@@ -42,7 +43,7 @@ def go(corpus, shared_lab, tmp_path, monkeypatch):
         config.model.layers = 1
         config.evaluation_batches = 4
         config.update(changes)
-        return training.run(config.to_dict(), tmp_path / name, tmp_path / "data", saving, WATCHING)
+        return training.run(config.to_dict(), tmp_path / name, tmp_path / "data", saving, watching)
 
     return go
 
@@ -129,6 +130,12 @@ def test_a_diverged_run_says_so_again_and_keeps_its_curve(go, tmp_path, capsys):
     assert row["loss"] != row["loss"]
     *healthy, last = [each.loss for each in curve.read(tmp_path / "run" / "curve.csv").values()]
     assert max(healthy) <= 3 * math.log(256) < last < math.inf
+
+
+def test_errors_of_a_finished_run_are_told(go, tmp_path):
+    assert go(policy="w2") == 0
+    assert go(policy="w2", watching=dataclasses.replace(WATCHING, errors=True)) == 0
+    assert "int2/channel" in (tmp_path / "run" / "errors.txt").read_text()
 
 
 def test_a_trunk_that_diverges_leaves_a_row_of_every_budget(go, tmp_path):
