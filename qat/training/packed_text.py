@@ -44,6 +44,7 @@ _WRITE_BYTES = 1 << 23  # TFDS writes its description again at every call
 _SHARD_BYTES = 1 << 28
 _READ_BLOCKS = 64
 _POLL_SECONDS = 0.2
+_FRACTION = "validation_fraction"
 
 
 class Rows(Protocol):
@@ -115,7 +116,7 @@ def write(
             sides are "train" and "validation". An error of this iterator leaves nothing behind.
         window: S, tokens.
         vocabulary_size: of the ids, which decides their type.
-        metadata: JSON values, kept with the dataset.
+        metadata: JSON values, kept with the dataset; `validation_fraction` among them.
 
     Raises:
         OSError: the file system refuses.
@@ -201,13 +202,21 @@ class _Side:
         padded = np.pad(whole, (0, padding)) if padding else whole
         yield from padded.reshape(-1, count, window)
 
-    def counts(self, side: str) -> dict[str, int]:
-        """What to keep with the dataset, after the last blocks."""
+    def counts(self, side: str, documents: int, fraction: float) -> dict[str, int]:
+        """What to keep with the dataset, after the last blocks.
+
+        Args:
+            side: "train" or "validation".
+            documents: of both sides.
+            fraction: of the split.
+        """
         if not self.windows:
+            other = "larger" if side == "validation" else "smaller"
             raise ValueError(
-                f"the {side} side has {self._size} tokens in {self.documents} documents; expected "
-                f"at least one window of {self._shape[1]} tokens: more documents or a shorter "
-                "sequence"
+                f"the {side} side has {self._size} tokens in {self.documents} of the {documents} "
+                f"documents; expected at least one window of {self._shape[1]} tokens: more "
+                "documents (one is a whole file, line of JSON or record, unless it is long), a "
+                f"shorter sequence, or a {other} data.validation_fraction than {fraction}"
             )
         return {
             "documents": self.documents,
@@ -242,7 +251,9 @@ def _write(
     for name in sides:
         write(name, last=True)
     writer.close_all()
-    info.metadata.update(metadata, **{name: side.counts(name) for name, side in sides.items()})
+    total, fraction = sum(side.documents for side in sides.values()), metadata[_FRACTION]
+    counts = {name: side.counts(name, total, fraction) for name, side in sides.items()}
+    info.metadata.update(metadata, **counts)
     info.write_to_directory(folder)
 
 

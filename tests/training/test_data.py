@@ -318,7 +318,7 @@ def test_bad_corpora(tmp_path):
         prepare(tmp_path, tokenizer="words")
     with pytest.raises(ValueError, match="the corpus has pairs for"):
         prepare(tmp_path, tokenizer="bpe:100000")
-    with pytest.raises(ValueError, match="side has 0 tokens in 0 documents"):
+    with pytest.raises(ValueError, match="side has 0 tokens in 0 of the 1 documents"):
         prepare(tmp_path, ["one text of which only one side can have anything"])
     with pytest.raises(ValueError, match=r"the train side has .* one window of 1000001 tokens"):
         prepare(tmp_path, sequence_length=10**6)

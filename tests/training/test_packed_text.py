@@ -22,10 +22,13 @@ def make_documents(count=40, dtype=np.uint8):
     return [(side, random.integers(0, 200, random.integers(1, 60)).astype(dtype)) for side in sides]
 
 
+METADATA = {"fingerprint": "f", "source": {}, "validation_fraction": 0.1}
+
+
 def write(data_dir, documents=None, vocabulary_size=256):
     path = packed_text.directory(data_dir, "key")
     documents = make_documents() if documents is None else documents
-    packed_text.write(path, documents, WINDOW, vocabulary_size, {"fingerprint": "f", "source": {}})
+    packed_text.write(path, documents, WINDOW, vocabulary_size, METADATA)
     return path
 
 
@@ -51,7 +54,7 @@ def assert_whole(path, documents=None):
         np.testing.assert_array_equal(rows_NS, windows_NS)
         assert records[side].shape == windows_NS.shape
         assert len(records[side]) == len(windows_NS)
-    assert metadata == {"fingerprint": "f", "source": {}}
+    assert metadata == METADATA
 
 
 def nothing_else(data_dir):
@@ -162,9 +165,9 @@ def test_an_error_of_the_documents_leaves_nothing(tmp_path, error):
 
 def test_a_side_shorter_than_a_window_is_an_error(tmp_path):
     documents = [each for each in make_documents() if each[0] == "train"]
-    with pytest.raises(ValueError, match="the validation side has 0 tokens in 0 documents"):
+    with pytest.raises(ValueError, match=r"larger data.validation_fraction than 0\.1$"):
         write(tmp_path, documents)
-    with pytest.raises(ValueError, match="the validation side has 8 tokens in 1 documents"):
+    with pytest.raises(ValueError, match=f"8 tokens in 1 of the {len(documents) + 1} doc"):
         write(tmp_path, [*documents, ("validation", np.zeros(8, np.uint8))])
     assert nothing_else(tmp_path) == []
 
