@@ -6,6 +6,7 @@ memory, and whether it has changed can be seen without reading it: `stamp` hashe
 system says of every file. Nothing is ever downloaded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -68,7 +69,7 @@ def parse_source(spec: str, data_dir: str | Path | None = None) -> Source:
     kind, colon, argument = spec.partition(":")
     if kind not in _KINDS:
         raise ValueError(
-            f"unknown source {spec!r}; expected {_EXPECTED}; nearest is {nearest(kind, _KINDS)!r}"
+            f"unknown source {spec!r}; expected {_EXPECTED}; nearest is {_nearest_source(spec)!r}"
         )
     if kind == "stdlib" and colon:
         raise ValueError(f"source {spec!r} takes no argument; expected 'stdlib'")
@@ -97,6 +98,17 @@ def stamp(source: Source) -> str | None:
         total.update(f"{path.absolute()}\0{seen}\n".encode())
         changes.append(status.st_ctime_ns)
     return total.hexdigest() if changes and max(changes) < settled else None
+
+
+def _nearest_source(spec: str) -> str:
+    """What may have been meant: an existing path with its kind in front, or a kind."""
+    path = Path(spec)
+    with contextlib.suppress(OSError):  # too long a name
+        if spec and path.is_dir():
+            return f"folder:{spec}"
+        if path.is_file() and _is_json(path):
+            return f"jsonl:{spec}"
+    return nearest(spec.partition(":")[0], _KINDS)
 
 
 def _stdlib(spec: str, argument: str, data_dir: str | Path | None) -> Source:

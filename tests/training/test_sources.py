@@ -33,6 +33,7 @@ def lines(texts=TEXTS, **extra):
         ("json:/tmp", "nearest is 'jsonl'"),
         ("tdfs:lm1b", "nearest is 'tfds'"),
         ("", "unknown source ''"),
+        ("x" * 300, "unknown source 'xxx"),
         ("stdlib:3.11", "takes no argument"),
         ("folder", "names nothing to read; expected 'folder:"),
         ("tfds:", "names nothing to read; expected 'tfds:"),
@@ -40,6 +41,19 @@ def lines(texts=TEXTS, **extra):
 )
 def test_unknown_sources_name_the_nearest_spelling(spec, message):
     with pytest.raises(ValueError, match=message):
+        sources.parse_source(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"), [("my", "folder:my"), ("my/a.jsonl.gz", "jsonl:my/a.jsonl.gz")]
+)
+def test_a_bare_path_is_told_its_kind(tmp_path, monkeypatch, spec, meant):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nearest is"):
+        sources.parse_source(spec)  # there is no such path yet
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "a.jsonl.gz").touch()
+    with pytest.raises(ValueError, match=f"nearest is '{meant}'"):
         sources.parse_source(spec)
 
 
