@@ -181,10 +181,10 @@ def _spec(
     used = [axis for axis in spec if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(f"array {name!r}: a mesh axis is used twice in {spec}")
-    for size, axis in zip(shape, spec, strict=True):
+    for size, axis, meaning in zip(shape, spec, logical, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
-                f"array {name!r} of shape {shape}: dimension {size} is not a multiple of "
-                f"mesh axis {axis} = {mesh.shape[axis]}"
+                f"array {name!r} of shape {shape}: its dimension of size {size}, {meaning!r}, is "
+                f"not a multiple of mesh axis {axis} = {mesh.shape[axis]}"
             )
     return PartitionSpec(*spec) if used else PartitionSpec()
