@@ -329,7 +329,9 @@ def _parsed_integer(name: str, kind: str, bits: int, full: bool) -> Format:
 
 def _parsed_float(name: str, exponent_bits: int, mantissa_bits: int, ieee: bool) -> Format:
     if exponent_bits > 8 or mantissa_bits > 10:
-        closest = f"e{min(exponent_bits, 8)}m{min(mantissa_bits, 10)}"
+        typed_twice = mantissa_bits >= 20  # as e4m33
+        mantissa = int(str(mantissa_bits)[0]) if typed_twice else min(mantissa_bits, 10)
+        closest = f"e{min(exponent_bits, 8)}m{mantissa}"
         raise ValueError(f"format {name!r}: ExMy has x = 1…8 and y = 0…10, nearest is {closest!r}")
     if ieee and exponent_bits < 2:
         raise ValueError(

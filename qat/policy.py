@@ -37,6 +37,7 @@ _ALWAYS_PRESENT = ("w", "a", "kv")
 _NAMES = {"bitnet": {"w": "ternary/tensor/absmean", "a": "int8/token"}, "none": {}}
 _EMPTY = "nothing"
 _UNQUANTIZED_BITS = "16"
+_EXAMPLES = ("none", "w4", "a8", "kv4", "w4a8", "w4a8kv4", "we4m3ae5m2", "w4g128", "wnf4", "bitnet")
 _TERM = re.compile(
     r"(kv|w|a|q|p|grad)"
     r"(mxfp\d(?:e\dm\d)?|mxint8|nvfp4|nf4|(?:u?int)?\d+(?:full)?"
@@ -131,7 +132,7 @@ class Policy:
             fields = {_OPERANDS[letter][0]: Quantizer.parse(word) for letter, word in spelled}
         for term in others:
             if (new := _parsed_term(term)) is None:
-                raise ValueError(_unknown_policy(text, f"{term!r} is neither operand nor mode"))
+                raise ValueError(_unknown_term(text, term))
             fields |= new
         return cls(**fields)
 
@@ -350,19 +351,41 @@ def _spelled(letter: str, term: str, block: str | None) -> str:
 
 
 def _unknown_policy(text: str, reason: str) -> str:
-    examples = [
-        "none",
-        "w4",
-        "a8",
-        "kv4",
-        "w4a8",
-        "w4a8kv4",
-        "we4m3ae5m2",
-        "w4g128",
-        "wnf4",
-        "bitnet",
-    ]
     return (
         f"unknown policy {text!r}: {reason}; a policy is 'none', 'bitnet' or terms such as "
-        f"w4, ae4m3, kv8; nearest example is {nearest(text, examples)!r}"
+        f"w4, ae4m3, kv8; nearest example is {_meant(text)!r}"
     )
+
+
+def _unknown_term(text: str, term: str) -> str:
+    expected = ", ".join([*(field for field, _ in _OPERANDS.values()), *get_args(Mode)])
+    return (
+        f"unknown policy {text!r}: {term!r} is neither operand nor mode; expected one of "
+        f"{expected}, an operand with its quantizer; nearest is {_meant_term(term)!r}"
+    )
+
+
+def _meant(text: str) -> str:
+    """The policy that a text was perhaps to be: an example, where nothing tells more."""
+    if _is_quantizer(text):
+        return f"weights {text}" if "/" in text else f"w{text.removeprefix('int')}"
+    joined = text.replace(" ", "")
+    terms = list(_TERM.finditer(joined))
+    once = len({term[1] for term in terms}) == len(terms)
+    if terms and once and "".join(term[0] for term in terms) == joined:
+        return joined
+    if _is_quantizer(text.partition(" ")[2]):
+        return _meant_term(text)
+    return nearest(text, _EXAMPLES) if text else "none"
+
+
+def _meant_term(term: str) -> str:
+    """The mode, or the operand with its quantizer, that a term was perhaps to be."""
+    word, _, quantizer = term.partition(" ")
+    name = nearest(word, [*(field for field, _ in _OPERANDS.values()), *get_args(Mode)])
+    return name if name in get_args(Mode) else f"{name} {quantizer or 'int8/token'}"
+
+
+def _is_quantizer(text: str) -> bool:
+    """Whether it begins as one does: with a format, then options."""
+    return _TERM.fullmatch(f"w{text.partition('/')[0]}") is not None

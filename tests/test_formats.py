@@ -290,6 +290,7 @@ def test_other_spellings(alias, name):
         ("int17", "int16"),
         ("e9m1", "e8m1"),
         ("e4m11", "e4m10"),
+        ("e4m33", "e4m3"),
         ("e4m3foo", "e4m3"),
         ("int", "int"),
         ("", ""),  # nothing is near

@@ -122,7 +122,7 @@ def test_a_policy_without_operands_is_not_one_with_unquantized_operands():
     ("text", "message"),
     [
         ("", "unknown policy '': it is empty"),
-        ("w4w8", "the same operand twice at 'w8'"),
+        ("w4w8", "the same operand twice at 'w8'.*nearest example is 'w4a8'"),
         ("w4x8", "unknown policy 'w4x8'.* at 'x8'.*nearest example is 'w4a8'"),
         ("4", "expected w, a, kv, q, p, grad and a format at '4'"),
         ("w", "at 'w'"),
@@ -130,6 +130,18 @@ def test_a_policy_without_operands_is_not_one_with_unquantized_operands():
         ("w17", "'int17'.*nearest is 'int16'"),
         ("we9m1", "'e9m1'.*nearest is 'e8m1'"),
         ("nonea8", "unknown policy"),
+        ("", "nearest example is 'none'"),
+        ("int4", "nearest example is 'w4'"),
+        ("mxfp4", "nearest example is 'wmxfp4'"),
+        ("int4/token", "nearest example is 'weights int4/token'"),
+        ("w 4", "nearest example is 'w4'"),
+        ("weight int4/channel", "nearest example is 'weights int4/channel'"),
+        ("w4 a8", "nearest example is 'w4a8'"),
+        ("e4m3, native", "nearest example is 'we4m3'"),
+        ("we4m33", "nearest is 'e4m3'"),
+        ("w8a8, natve", "'natve' is neither.*weights, .*, native.*nearest is 'native'"),
+        ("w8a8, gradient e5m2/token", "nearest is 'gradients e5m2/token'"),
+        ("w8a8, gradients", "nearest is 'gradients int8/token'"),
     ],
 )
 def test_what_is_no_shorthand_is_an_error(text, message):
