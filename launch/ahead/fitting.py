@@ -26,7 +26,6 @@ from qat.training.sharding import MESH_AXES, make_mesh, state_shardings
 Mesh = Mapping[str, int]
 
 _MOST_COMPILES = 2  # of candidates on one slice
-_MOST_SLICES = 3  # larger ones that are looked at
 _FLOAT32 = 4
 _SCORES_KEPT = 3  # float32 arrays of attention scores at once, in the backward pass
 
@@ -54,7 +53,7 @@ def nearest_fit(
     fast: bool = False,
     say: Callable[[str], None] = print,
 ) -> Fit | None:
-    """The mesh nearest to the asked one that fits, on its slice or else the next larger ones.
+    """The mesh nearest to the asked one that fits, on its slice or else a larger one.
 
     Args:
         experiment: whose mesh does not fit.
@@ -67,10 +66,7 @@ def nearest_fit(
     state, _ = abstract_state(experiment, devices_of(topology))
     expected = sum(estimate(experiment, state, asked, devices_of(topology)))
     factor = too_large.needed / expected
-    name: str | None = topology
-    for _ in range(1 + _MOST_SLICES):
-        if name is None:
-            break
+    for name in (topology, *larger(topology)):
         devices = devices_of(name)
         meshes = fitting_meshes(experiment, state, devices, asked, too_large.limit / factor)
         for mesh in itertools.islice(meshes, _MOST_COMPILES):
@@ -78,7 +74,6 @@ def nearest_fit(
             compiled = compile_step(with_mesh(experiment, mesh), devices, fast=fast, say=say)
             if isinstance(compiled, Compiled):
                 return Fit(name, mesh, compiled)
-        name = larger(name)
     return None
 
 

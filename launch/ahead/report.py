@@ -162,7 +162,7 @@ def _too_large_lines(report: Report, outcome: TooLarge) -> list[str]:
     if report.experiment.model.remat != "full":
         lines.append("--config.model.remat=full needs less.")
     if report.fit is None:
-        return [*lines, "No mesh of this slice or of the next larger ones was found to fit."]
+        return [*lines, "No mesh of this slice or of a larger one of its kind was found to fit."]
     peak_bytes = report.fit.compiled.memory.peak
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in report.fit.mesh.items())
     return [

@@ -40,19 +40,21 @@ _ENVIRONMENT = {
 def check_name(name: str) -> None:
     """Raises ValueError for what is not a slice, with the spellings that are."""
     if name not in NAMES:
-        shapes = "; ".join(f"{kind}:{', '.join(shapes)}" for kind, shapes in SLICES.items())
+        kind = name.partition(":")[0]
+        known = {kind: SLICES[kind]} if kind in SLICES else SLICES
+        shapes = "; ".join(f"{kind}:{', '.join(shapes)}" for kind, shapes in known.items())
+        names = [each for each in NAMES if each.partition(":")[0] in known]
         raise ValueError(
             f"unknown topology {name!r}: expected one of {shapes}; nearest is "
-            f"{nearest(name, NAMES)!r}"
+            f"{nearest(name, names)!r}"
         )
 
 
-def larger(name: str) -> str | None:
-    """The slice of twice as many chips of the same generation, if there is one."""
+def larger(name: str) -> list[str]:
+    """The larger slices of the same generation, each of twice as many chips as the one before."""
     kind, shape = name.split(":")
     shapes = SLICES[kind]
-    index = shapes.index(shape) + 1
-    return f"{kind}:{shapes[index]}" if index < len(shapes) else None
+    return [f"{kind}:{shape}" for shape in shapes[shapes.index(shape) + 1 :]]
 
 
 def devices_of(name: str) -> list[jax.Device]:

@@ -142,6 +142,19 @@ def test_the_search_takes_the_first_mesh_that_compiles_and_larger_slices_next(mo
     assert (fit.topology, tuple(fit.mesh.values())) == ("v5e:2x4", tried[-1][1])
 
 
+def test_the_search_goes_through_all_larger_slices(monkeypatch):
+    asked = []
+
+    def devices_of(name):
+        asked.append(name)
+        return jax.devices()[:4]
+
+    monkeypatch.setattr(fitting, "devices_of", devices_of)
+    run = small(**{"mesh.fsdp": 1, "batch_size": 8})
+    assert fitting.nearest_fit(run, "v5e:2x2", TooLarge(1.0, 2**31, 1)) is None  # a byte
+    assert sorted(set(asked)) == sorted(name for name in topologies.NAMES if name[:3] == "v5e")
+
+
 def report(outcome, **changes):
     mesh = {"data": 2, "fsdp": 2, "tensor": 1}
     given = Report(small(), "v5e:2x2", mesh, "TPU v5 lite", DEVICES["TPU v5e"], outcome, False)
@@ -211,10 +224,15 @@ def test_slices_grow_by_two_and_unknown_ones_are_refused():
 
     for name in topologies.NAMES:
         topologies.check_name(name)
-        bigger = topologies.larger(name)
-        assert bigger is None or chips(bigger) == 2 * chips(name)
+        for index, bigger in enumerate(topologies.larger(name), start=1):
+            assert chips(bigger) == 2**index * chips(name)
+    assert topologies.larger("v5e:8x8") == ["v5e:8x16", "v5e:16x16"]
     with pytest.raises(ValueError, match=r"unknown topology 'v5x:4x4'.*nearest is 'v5e:4x4'"):
         topologies.check_name("v5x:4x4")
+    with pytest.raises(
+        ValueError, match=r"'v5p:5x5': expected one of v5p:[^:;]*; nearest is 'v5p:"
+    ):
+        topologies.check_name("v5p:5x5")
 
 
 @dataclasses.dataclass(frozen=True)
