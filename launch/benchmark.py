@@ -15,7 +15,7 @@ The machine should have nothing else to do.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -61,12 +61,19 @@ _JSON = flags.DEFINE_string("json", None, "File for the rows; it must not exist.
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "How often each program is timed.", lower_bound=1)
 _MODEL = flags.DEFINE_multi_string("model", None, "Only this model of the suite; repeatable.")
 _SCHEME = flags.DEFINE_multi_enum("scheme", None, list(SCHEMES), "Only this scheme; repeatable.")
+# Which flags a suite heeds.
+_HEEDED: Mapping[str, Collection[str]] = {
+    "layers": ("rounds", "model", "scheme"),
+    "training": ("rounds", "model"),
+    "sweep": (),
+}
 _ONE_CORE = flags.DEFINE_bool("one_core", False, "Run every program on one core.")
 
 
 def main(argv: list[str]) -> None:
     """Measures, prints, writes rows."""
     del argv
+    _check_heeded(_SUITE.value)
     path = None if _JSON.value is None else Path(_JSON.value)
     if path is not None:
         if path.exists():
@@ -80,6 +87,14 @@ def main(argv: list[str]) -> None:
         common = {"suite": _SUITE.value, "cores": cores, "versions": _versions()}
         path.write_text(json.dumps([{**common, **row} for row in rows], indent=1) + "\n")
         print(f"\n{len(rows)} rows in {path}")
+
+
+def _check_heeded(suite: str) -> None:
+    """Raises ValueError for a flag that the suite would ignore."""
+    for flag in (_ROUNDS, _MODEL, _SCHEME):
+        if flag.present and flag.name not in _HEEDED[suite]:
+            suites = " or ".join(name for name, heeded in _HEEDED.items() if flag.name in heeded)
+            raise ValueError(f"--{flag.name} says nothing to --suite={suite}: expected {suites}")
 
 
 def _versions() -> str:
