@@ -11,10 +11,13 @@ the start; programs may import what takes seconds inside their `main`.
 """
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -27,6 +30,8 @@ DIVERGED = 3
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 STOPPED = 130  # what a shell reports for Ctrl-C
 
+_OF_WRITING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNKNOWN_KEY = re.compile(r"'(\w+)'(?:\nDid you mean \"(\w+)\".*)?")
 _SHOW_CURSOR = b"\x1b[?25h"  # which progress bars hide
 
 
@@ -42,9 +47,9 @@ def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -
         signal.signal(signal.SIGINT, lambda number, frame: _leave("stopped", STOPPED))
     logging.set_verbosity(logging.FATAL)  # errors are raised, and told in one line
     cpu.keep_freed_memory()
-    for name in required:
-        flags.mark_flag_as_required(name)
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    app.run(
+        lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse_flags(argv, required)
+    )
 
 
 def read_config(name: str = "config") -> dict[str, Any]:
@@ -58,9 +63,7 @@ def read_config(name: str = "config") -> dict[str, Any]:
         config: dict[str, Any] = value.to_dict()
     except OSError:
         path = config_flags.get_config_filename(flags.FLAGS[name])
-        raise ValueError(
-            f"config file {path!r} cannot be read: expected a Python file with get_config()"
-        ) from None
+        raise ValueError(_unreadable(Path(path))) from None
     return config
 
 
@@ -69,8 +72,18 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
         _fail(f"unexpected argument {argv[1]!r}: this program takes --flags only")
     try:
         return main(argv)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        _fail(_told(error))
+    except ValueError as error:
         _fail(str(error))
+
+
+def _told(error: OSError) -> str:
+    """What the operating system refuses, and of which file; the message of one that is ours."""
+    path = error.filename2 or error.filename
+    if error.strerror is None or path is None:
+        return error.strerror or str(error)
+    return f"cannot {'write' if error.errno in _OF_WRITING else 'use'} {path}: {error.strerror}"
 
 
 def _leave(word: str, code: int) -> NoReturn:
@@ -86,24 +99,46 @@ def _leave(word: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:
     try:
         rest: list[str] = flags.FLAGS(argv)
     except flags.Error as error:
         _fail(str(error))
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        SyntaxError,
-        ImportError,
-    ) as error:
+    except OSError:
+        _fail(_unreadable(_config_of(argv)))
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
         # What ml_collections raises for an unknown key, a value of another type or a broken file.
-        reason = str(error.args[0]).replace("\\n", " ").replace("'", "").replace("\\", "")
-        _fail(f"config: {reason}")
+        _fail(f"config: {_refused(error)}")
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            _fail(f"--{name} is required")
     return rest
+
+
+def _refused(error: Exception) -> str:
+    """The reason in an error of ml_collections, which may hold another."""
+    reason = error.args[0]
+    while isinstance(reason, KeyError):
+        reason = reason.args[0]
+    key = _UNKNOWN_KEY.fullmatch(str(reason))
+    if key is None:
+        return str(reason)
+    return f"there is no key {key[1]!r}" + (f"; nearest is {key[2]!r}" if key[2] else "")
+
+
+def _config_of(argv: Sequence[str]) -> Path:
+    """The config file of a command line; the flag does not know it before all is parsed."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    return Path(words[[word.lstrip("-") for word in words].index("config") + 1])
+
+
+def _unreadable(path: Path) -> str:
+    """Of a config file: what was expected, and the file beside it with the most similar name."""
+    from qat.spelling import nearest  # takes JAX along
+
+    message = f"config file {str(path)!r} cannot be read: expected a Python file with get_config()"
+    beside = [str(other) for other in sorted(path.parent.glob("*.py")) if other != path]
+    return f"{message}; nearest is {nearest(path, beside)!r}" if beside else message
 
 
 def _fail(reason: str) -> NoReturn:

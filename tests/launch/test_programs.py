@@ -1,5 +1,6 @@
 """The programs as a user calls them: bad input, a run that goes on, the demo in small."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from absl import flags
 
 from configs import experiment
-from launch import demo
+from launch import demo, main
 from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.sweeps import driving
@@ -45,7 +46,7 @@ def small(corpus, **changes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.polcy=w4"], 'polcy Did you mean "policy"'),
+        (["--config.polcy=w4"], "config: there is no key 'polcy'; nearest is 'policy'"),
         (["--config.tokens=many"], "--config.tokens=many"),
         (["--config.policy=w4x"], "unknown policy 'w4x'"),
         (["--config.model.width=33"], "width = 33 is not a multiple of heads = 2"),
@@ -86,6 +87,27 @@ def test_a_missing_config_file_is_named():
     result = run("launch.train", "--config=configs/tini.py", "--workdir=/tmp/never")
     assert result.returncode == 2
     assert result.stderr.startswith("error: config file 'configs/tini.py' cannot be read")
+    assert result.stderr.endswith("nearest is 'configs/tiny.py'\n")
+    overridden = run("launch.train", "--config=configs/tini.py", "--config.tokens=1")
+    assert overridden.stderr == result.stderr
+
+
+def test_a_missing_flag_is_named():
+    result = run("launch.train", "--config=configs/tiny.py")
+    assert (result.returncode, result.stderr) == (2, "error: --workdir is required\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "x/lock"), "cannot write x/lock: Read-only"),
+        (OSError(errno.EACCES, "Permission denied", "x"), "cannot use x: Permission denied"),
+        (OSError(errno.EXDEV, "Invalid link", "x", None, "y"), "cannot use y: Invalid link"),
+        (FileNotFoundError("x is not a folder"), "x is not a folder"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_words(error, line):
+    assert main._told(error).startswith(line)
 
 
 @pytest.mark.parametrize(
