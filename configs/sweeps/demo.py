@@ -1,7 +1,7 @@
 """What fewer bits cost: 3 sizes × 2 token budgets × 6 policies, and replicates for the noise.
 
 Command: make demo, or python -m launch.sweep --sweep=configs/sweeps/demo.py --workdir=runs/demo
-Cost: about 5 minutes on 2 cores: 48 runs of 3 shapes, 61 million tokens, models of 6 to 23
+Cost: about 4 minutes on 2 cores: 48 runs of 3 shapes, 61 million tokens, models of 6 to 23
 thousand parameters; 192 roundings.
 Expected: rounding to 3 or 4 bits after training costs more at 3 million tokens than at a
 quarter of a million, at every size; training at 2 bits costs up to 0.4 nats per byte.
