@@ -50,7 +50,7 @@ def test_bar_and_plots_get_every_step_and_the_speed(monkeypatch, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("Training: 302/488 steps")
     assert second.startswith("Training: 305/488 steps")
-    assert first.endswith(" s left")
+    assert first.endswith(" s")  # too early to tell what is left
     assert second.endswith("% of peak")
 
 
