@@ -27,8 +27,6 @@ from qat.training.devices import DEVICES
 from qat.training.flops import train_flops
 from qat.training.sharding import MESH_AXES
 
-pytestmark = pytest.mark.xdist_group("aot")  # they share programs
-
 ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 

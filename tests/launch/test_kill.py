@@ -18,8 +18,6 @@ from launch.lab import Lab
 from qat.training.checkpoint import Checkpoints
 from qat.training.results import read_rows
 
-pytestmark = pytest.mark.xdist_group("kill")  # they share programs
-
 ROOT = Path(__file__).parents[2]
 STEPS = 200
 SMALL = (

@@ -21,8 +21,6 @@ from launch.sweeps.working import Worker
 from launch.timing import counting_compiles
 from qat.sweep.table import collect
 
-pytestmark = pytest.mark.xdist_group("sweep")  # one process makes the sweep they look at
-
 ROOT = Path(__file__).parents[2]
 SWEEP = """
 from configs import experiment

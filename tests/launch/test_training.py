@@ -16,8 +16,6 @@ from launch.runner import Saving, Watching
 from qat.training import curve
 from qat.training.results import read_rows
 
-pytestmark = pytest.mark.xdist_group("launch")  # they share programs
-
 SAVING = Saving(every=4, keep=2, keep_every=0)
 WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=False)
 

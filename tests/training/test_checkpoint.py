@@ -20,8 +20,6 @@ from tests.training_checks import (
     run,
 )
 
-pytestmark = pytest.mark.xdist_group("training")  # they share programs
-
 ROOT = Path(__file__).parents[2]
 IDENTITY = {"configuration": "mine", "seed": 0}
 

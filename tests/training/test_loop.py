@@ -13,8 +13,6 @@ from qat.training.schedule import branches
 from qat.training.sharding import make_mesh
 from tests.training_checks import abstract, assert_same, programs_on, run
 
-pytestmark = pytest.mark.xdist_group("training")  # they share programs
-
 
 @pytest.fixture(scope="module")
 def whole(programs):

@@ -19,8 +19,6 @@ from qat.training.sharding import BATCH, make_mesh
 from qat.training.step import evaluate
 from tests.training_checks import Walks, abstract, batch_at, constants, run
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share programs
-
 ROOT = Path(__file__).parents[2]
 
 

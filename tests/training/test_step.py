@@ -30,8 +30,6 @@ from tests.training_checks import (
     run,
 )
 
-pytestmark = pytest.mark.xdist_group("step")  # they share programs
-
 
 @pytest.mark.parametrize(
     ("policy", "golden", "last_tolerance"),
