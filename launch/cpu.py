@@ -33,16 +33,12 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def one_thread_per_run() -> None:
-    """Stops XLA from splitting small matrices over cores, for programs that run one run a core."""
-    flag = "--xla_cpu_multi_thread_eigen=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-
-
 def stay_on(cores: Collection[int]) -> set[int]:
-    """Pins the process; started on one core, XLA makes one thread. Returns where it was before."""
+    """Pins the process, where that can be done; returns where it was before.
+
+    To be called before JAX is used: on one core, XLA makes one thread.
+    """
     if not hasattr(os, "sched_setaffinity"):
-        one_thread_per_run()
         return set()
     before: set[int] = os.sched_getaffinity(0)
     if cores:

@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from models.task import scaled
+from models.task import matrix_params, scaled
 from models.transformer import TransformerConfig
 from qat.policy import Policy
 from qat.spelling import expected_one_of
+from qat.training import flops
 from qat.training.results import hash_of
 from qat.training.scaling import Scaling
 from qat.training.schedule import Schedule, branches, warmup_cosine
@@ -84,6 +85,11 @@ class Experiment:
     def tokens_at(self, step: int) -> int:
         """Training tokens of a number of steps."""
         return step * _tokens_per_step(self.config)
+
+    def train_flops(self, tokens: int) -> int:
+        """Analytic FLOPs of training on this many tokens."""
+        model, length = self.model, self.config["data"]["sequence_length"]
+        return flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
 
     @property
     def loss_limit(self) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from jax.experimental import multihost_utils
 
 import qat.nnx
 from launch.experiment import Experiment
-from models.task import constants_for, language_model, matrix_params, model_of
+from models.task import constants_for, language_model, model_of
 from qat.policy import Policy
-from qat.training import flops
 from qat.training.checkpoint import Checkpoints
 from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
 from qat.training.lanes import spread
@@ -39,9 +37,6 @@ LossesOfSequences = np.ndarray
 class Lab:
     """Text and compiled programs, shared by all experiments that ask for the same.
 
-    Runs may go on in several threads at once if each uses a single device: programs that span
-    devices wait for one another and must not be interleaved.
-
     Args:
         data_dir: where prepared text is kept.
         devices: what runs may use; all there are if None.
@@ -52,24 +47,22 @@ class Lab:
         self._devices = devices
         self._datasets: dict[str, TextDataset] = {}
         self._programs: dict[tuple[str, int], Programs] = {}
-        self._lock = threading.Lock()
 
     def dataset(self, experiment: Experiment) -> TextDataset:
         """The prepared text of an experiment."""
         data = experiment.config["data"]
         key = hash_of(data)
-        with self._lock:
-            if key not in self._datasets:
-                self._datasets[key] = prepare(
-                    data["source"],
-                    data["sequence_length"],
-                    self._data_dir,
-                    tokenizer=data["tokenizer"],
-                    validation_fraction=data["validation_fraction"],
-                    process_index=jax.process_index(),
-                    on_progress=functools.partial(print, flush=True),
-                )
-            return self._datasets[key]
+        if key not in self._datasets:
+            self._datasets[key] = prepare(
+                data["source"],
+                data["sequence_length"],
+                self._data_dir,
+                tokenizer=data["tokenizer"],
+                validation_fraction=data["validation_fraction"],
+                process_index=jax.process_index(),
+                on_progress=functools.partial(print, flush=True),
+            )
+        return self._datasets[key]
 
     def programs(self, experiment: Experiment, run: int = 0) -> Programs:
         """The jitted programs of an experiment's shape.
@@ -79,19 +72,18 @@ class Lab:
             run: size of the mesh's axis for lanes, see `lane_axis`; 0 is programs of one run.
         """
         config, key = experiment.config, (experiment.shape, run)
-        with self._lock:
-            if key not in self._programs:
-                task = language_model(experiment.model, experiment.policy, experiment.scaling)
-                optimizer = adamw(
-                    weight_decay=config["weight_decay"],
-                    clip_norm=config["clip_norm"],
-                    not_decayed=config["not_decayed"],
-                    rates=functools.partial(experiment.scaling.rates, axes=task.axes),
-                )
-                mesh = make_mesh(**config["mesh"], devices=self._devices, run=run)
-                check_batch(config, mesh.shape)
-                self._programs[key] = make_programs(task, optimizer, mesh, config["accumulation"])
-            return self._programs[key]
+        if key not in self._programs:
+            task = language_model(experiment.model, experiment.policy, experiment.scaling)
+            optimizer = adamw(
+                weight_decay=config["weight_decay"],
+                clip_norm=config["clip_norm"],
+                not_decayed=config["not_decayed"],
+                rates=functools.partial(experiment.scaling.rates, axes=task.axes),
+            )
+            mesh = make_mesh(**config["mesh"], devices=self._devices, run=run)
+            check_batch(config, mesh.shape)
+            self._programs[key] = make_programs(task, optimizer, mesh, config["accumulation"])
+        return self._programs[key]
 
     def lane_axis(self, experiment: Experiment, lanes: int) -> int:
         """Parts of the mesh over which so many runs are spread; what is left is its data axis."""
@@ -213,13 +205,7 @@ class Lab:
             seed=config["seed"],
             learning_rate=config["learning_rate"],
             schedule=config["schedule"]["name"],
-            flops=flops.train_flops(
-                tokens,
-                matrix_params(model),
-                model.layers,
-                model.width,
-                config["data"]["sequence_length"],
-            ),
+            flops=experiment.train_flops(tokens),
             status=status if status != "ok" or np.isfinite(loss) else "diverged",
             wall_s=wall_s,
             data_fingerprint=self.dataset(experiment).fingerprint,

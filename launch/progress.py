@@ -22,19 +22,6 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Tally(Protocol):
     """What is told of units of work as they are done."""
 
-    def __enter__(self) -> Self:
-        """Begins."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Ends."""
-        ...
-
     def skip(self, amount: float) -> None:
         """Hears of work that was done before."""
         ...

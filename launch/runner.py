@@ -15,12 +15,13 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 
 from launch.experiment import Experiment
-from launch.lab import Lab
+from launch.lab import Lab, LossesOfSequences
 from launch.progress import Tally
 from launch.watch import throughput_of, watcher
 from qat.training import curve
@@ -71,8 +72,10 @@ class Looks:
         """Whether what is to be measured then is not there yet; a number of steps ends a budget."""
         return False
 
-    def look(self, schedule: Schedule, result: TrainingResult) -> None:
-        """Measures, and keeps what it finds."""
+    def look(
+        self, schedule: Schedule, result: TrainingResult, losses: LossesOfSequences | None = None
+    ) -> None:
+        """Measures, and keeps what it finds; `losses` are of validation, if they are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Runner:
     def reach(
         self,
         milestones: Sequence[_Milestone],
-        progress: Callable[[str, float, str], Tally],
+        progress: Callable[[str, float, str], AbstractContextManager[Tally]],
     ) -> None:
         """Trains and measures all of them."""
         budgets = [schedule for _, _, schedule in milestones if schedule is not None]
@@ -160,12 +163,13 @@ class Runner:
 
     def conclude(self, schedule: Schedule, result: TrainingResult, wall_s: float) -> None:
         """The row of a trained budget, and what else is measured at its end."""
+        losses = None
         if not self.has_row(schedule):
             if result.status == "diverged" and result.losses and is_first():
                 print(_divergence(self.experiment, result), file=sys.stderr, flush=True)
-            self._write_row(schedule, result, wall_s)
+            losses = self._write_row(schedule, result, wall_s)
         if result.status == "ok" and self._is_due(schedule, schedule.total_steps):
-            self.looks.look(schedule, result)
+            self.looks.look(schedule, result, losses)
 
     def _is_due(self, schedule: Schedule, step: int) -> bool:
         """Whether to look then, which is too late once the budget has diverged or failed."""
@@ -190,8 +194,10 @@ class Runner:
             result, wall_s = self._branch(schedule)
         self.conclude(schedule, result, wall_s)
 
-    def _write_row(self, schedule: Schedule, result: TrainingResult, wall_s: float) -> None:
-        """Evaluates, and adds the row to those of the run."""
+    def _write_row(
+        self, schedule: Schedule, result: TrainingResult, wall_s: float
+    ) -> LossesOfSequences:
+        """Evaluates, and adds the row to those of the run; returns the validation losses."""
         losses = np.array([np.nan])
         if result.status == "ok":
             params = result.state.params
@@ -201,6 +207,7 @@ class Runner:
         row = self.lab.row(self.experiment, result.status, wall_s, losses, schedule)
         if is_first():
             write_rows(self.workdir / ROWS, [*rows_of(self.workdir), row])
+        return losses
 
     def report_errors(self) -> None:
         """Those of a finished run."""

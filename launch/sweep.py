@@ -3,9 +3,9 @@
     python -m launch.sweep --sweep=configs/sweeps/demo.py --workdir=runs/sweep
 
 Every run has a folder in WORKDIR/runs, as `launch.train` makes it. All rows together are
-`rows.csv` and `rows.parquet`, written anew at every end, also after a stop. Runs that are finished
-are skipped, here or in the tables named by --have; failed and diverged runs are rows too, and
---retry tries them again. --dry_run says what it will cost.
+`rows.csv` and `rows.parquet`, written anew whenever the command ends by itself. Runs that are
+finished are skipped, here or in the tables named by --have; failed and diverged runs are rows
+too, and --retry tries them again. --dry_run says what it will cost.
 
 --executor=local runs on this machine; slurm submits an array of jobs and waits for it; emit prints
 commands for any other scheduler, after which the same command with emit collects the rows.
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # accelerators are for the workers
-    from launch.sweeps import driving, dry_run
+    from launch.sweeps import cluster, driving, dry_run
 
     if _DRY_RUN.value:
         dry_run.run(
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         have=tuple(map(Path, _HAVE.value)),
         retry=frozenset(_RETRY.value),
         checkpoint_every=_CHECKPOINT_EVERY.value,
-        slurm=tuple(_SLURM.value),
+        resources=cluster.resources_of(_SLURM.value, _WORKERS.value),
         lanes=_LANES.value,
     )
     return driving.run(Path(str(_SWEEP.value)), options)

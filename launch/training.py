@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def go_on(
     watching: Watching,
     preempted: Callable[[], bool],
     looks: Looks | None = None,
-    progress: Callable[[str, float, str], Tally] = Meter,
+    progress: Callable[[str, float, str], AbstractContextManager[Tally]] = Meter,
 ) -> bool:
     """Does what is left of a run in its folder; returns whether anything was.
 

@@ -6,8 +6,7 @@ import jax
 
 from launch.experiment import Experiment
 from launch.progress import Tally
-from models.task import matrix_params
-from qat.training import devices, flops
+from qat.training import devices
 from qat.training.scalars import Writer, points
 from qat.training.step import Metrics
 from qat.training.throughput import Throughput, peak_of
@@ -36,9 +35,7 @@ def watcher(
 
 def throughput_of(experiment: Experiment) -> Throughput:
     """What measures the speed of an experiment on all devices, by its model's analytic FLOPs."""
-    config, model = experiment.config, experiment.model
-    length = config["data"]["sequence_length"]
-    tokens = config["batch_size"] * length
-    work = flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
+    tokens = experiment.tokens_at(1)
     kinds = [device.device_kind for device in jax.devices()]
-    return Throughput(tokens, work, peak_of(kinds, model.dtype, devices.peak))
+    peak = peak_of(kinds, experiment.model.dtype, devices.peak)
+    return Throughput(tokens, experiment.train_flops(tokens), peak)

@@ -187,8 +187,8 @@ def _softmax_mix(q_BKRC: Array, k_BKSC: Array, v_BKSC: Array, visible_RS: Array)
 
     As in FlashAttention (Dao, arXiv 2205.14135), what is divided by the softmax's sum are the mixed
     values, and the mean that the softmax's gradient subtracts is that of the results times
-    their gradients: both are passes over R × C instead of R × S. On CPU, where those passes
-    take longer than the products, this halves the time of the derived backward pass.
+    their gradients: both are passes over R × C instead of R × S, which on CPU take longer than the
+    products of a small model.
     """
     return _softmax_mix_fwd(q_BKRC, k_BKSC, v_BKSC, visible_RS)[0]
 

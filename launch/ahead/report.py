@@ -7,8 +7,6 @@ from launch.ahead.compilation import Compiled, Memory, TooLarge
 from launch.ahead.fitting import Fit, Mesh, mesh_name
 from launch.experiment import Experiment
 from launch.timing import table
-from models.task import matrix_params
-from qat.training import flops
 from qat.training.census import Census, Dots
 from qat.training.devices import Device, peak
 
@@ -48,17 +46,12 @@ class Report:
     @property
     def tokens(self) -> int:
         """In a step."""
-        tokens: int = self.experiment.tokens // self.experiment.schedule.total_steps
-        return tokens
+        return self.experiment.tokens_at(1)
 
     @property
     def analytic_flops(self) -> int:
         """Of a step on all devices, without what is computed twice."""
-        model = self.experiment.model
-        length = self.experiment.config["data"]["sequence_length"]
-        return flops.train_flops(
-            self.tokens, matrix_params(model), model.layers, model.width, length
-        )
+        return self.experiment.train_flops(self.tokens)
 
     @property
     def ideal_seconds(self) -> float | None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from launch.experiment import Experiment
-from launch.sweeps.calibration import Calibration, step_flops, train_flops
+from launch.sweeps.calibration import Calibration, step_flops
 from launch.sweeps.rounding import narrower
 from qat.quantizer import Quantizer
 from qat.spelling import expected_one_of
@@ -222,7 +222,7 @@ def _shape(
         compile_s = calibration.compile_s(step_flops(first))
         compile_s *= 1 + _SHARE_OF_COMPILING * programs  # as many evaluations, and initialisation
         seconds = [
-            (train_flops(first, trained) + eval_flops * sum(count)) / rate
+            (first.train_flops(trained) + eval_flops * sum(count)) / rate
             for trained, count in zip(tokens, counts, strict=True)
         ]
         longest_here = compile_s + max(seconds)
@@ -233,7 +233,7 @@ def _shape(
         structure=first.policy.structure,
         runs=len(runs),
         tokens=sum(tokens),
-        train_flops=train_flops(first, sum(tokens)),
+        train_flops=first.train_flops(sum(tokens)),
         eval_flops=eval_flops * (plain + quantized),
         evaluations=plain,
         ptq_evaluations=quantized,

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from launch import cpu
 from launch.experiment import Experiment
-from models.task import matrix_params
-from qat.training import flops
 
 _AFFORDABLE = 2e10  # FLOPs of a step: a second or two of a slow core
 _LEAST_S = 3.0  # of timing, however long imports and compilers took
@@ -129,13 +127,7 @@ def calibrate(
 
 def step_flops(experiment: Experiment) -> int:
     """Analytic FLOPs of one train step."""
-    return train_flops(experiment, experiment.tokens // experiment.schedule.total_steps)
-
-
-def train_flops(experiment: Experiment, tokens: int) -> int:
-    """Analytic FLOPs of training on this many tokens."""
-    model, length = experiment.model, experiment.config["data"]["sequence_length"]
-    return flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
+    return experiment.train_flops(experiment.tokens_at(1))
 
 
 def _probed(experiments: Sequence[Experiment]) -> list[Experiment]:
@@ -183,8 +175,7 @@ def _mean(
 @contextlib.contextmanager
 def _process(configs: Sequence[Mapping[str, Any]], worker: int) -> Iterator["_Process"]:
     """A process that runs `launch.sweeps.probe` on a core of its own, and ends with the context."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = sorted(os.sched_getaffinity(0)) if has_affinity else [0]
+    cores = cpu.cores()
     job = {"core": cores[worker % len(cores)], "started": time.time(), "configs": configs}
     with (
         tempfile.TemporaryFile("w+") as errors,

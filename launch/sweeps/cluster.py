@@ -16,11 +16,10 @@ from qat.sweep import slurm
 _POLL_S = 10.0
 
 
-def follow(folder: Path, jobs: slurm.Jobs, done: Callable[[], int], runs: int) -> None:
+def follow(jobs: slurm.Jobs, done: Callable[[], int], runs: int) -> None:
     """Waits until all jobs have ended, and says which failed.
 
     Args:
-        folder: of the jobs.
         jobs: submitted before.
         done: how many of the runs are finished.
         runs: how many there are.

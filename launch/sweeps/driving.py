@@ -21,7 +21,7 @@ from launch.progress import Meter
 from launch.runner import ROWS, Runner, Saving
 from launch.sweeps import cluster, lanes, local
 from launch.sweeps.commands import Job, deal, worker_command
-from launch.sweeps.plan import Plan, experiments, structures
+from launch.sweeps.plan import Plan, structures
 from launch.sweeps.rounding import FOLDER, UNFINISHED, Rounding
 from launch.sweeps.working import WATCHING, fail
 from qat.sweep import Sweep, slurm
@@ -44,7 +44,7 @@ class Options:
     have: tuple[Path, ...] = ()
     retry: frozenset[str] = frozenset()
     checkpoint_every: int = 0
-    slurm: tuple[str, ...] = ()
+    resources: slurm.Resources = dataclasses.field(default_factory=slurm.Resources)
     lanes: int = 1
 
     def say(self, line: str) -> None:
@@ -60,10 +60,10 @@ def run(path: Path, options: Options) -> int:
         OSError: a file cannot be read or written.
     """
     sweep = load(path)
-    for line in structures(experiments(sweep)):
-        options.say(line)
     lab = Lab(options.data_dir, devices=jax.devices()[:1])
     plan = Plan.of(sweep, lab)
+    for line in structures(list(plan.runs.values())):
+        options.say(line)
     earlier = _earlier(lab, plan, options)
     with _owned(plan, options.workdir):
         plan.write(options.workdir)
@@ -244,23 +244,18 @@ def _command(options: Options) -> list[str]:
 
 def _run_on_cluster(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
     """Follows what was submitted before, then submits what is left, and follows that."""
-    folder = options.workdir / "slurm"
-    resources = cluster.resources_of(options.slurm, options.workers)
-
-    def left() -> list[str]:
-        return [each for each in missing if _is_left(lab, plan, options.workdir, each)]
+    folder, left = options.workdir / "slurm", list(missing)
 
     def done() -> int:
-        return len(missing) - len(left())
+        left[:] = [each for each in left if _is_left(lab, plan, options.workdir, each)]
+        return len(missing) - len(left)
 
     if earlier := cluster.alive(folder):
-        cluster.follow(folder, earlier, done, len(missing))
-    if remaining := left():
-        commands = [
-            _on(options, hand) for hand in deal(_jobs(plan, remaining, options), options.workers)
-        ]
-        jobs = slurm.submit(commands, folder, resources)
-        cluster.follow(folder, jobs, done, len(missing))
+        cluster.follow(earlier, done, len(missing))
+    if done() < len(missing):
+        hands = deal(_jobs(plan, left, options), options.workers)
+        jobs = slurm.submit([_on(options, hand) for hand in hands], folder, options.resources)
+        cluster.follow(jobs, done, len(missing))
 
 
 def _on(options: Options, hand: Sequence[Job]) -> list[str]:

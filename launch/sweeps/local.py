@@ -37,6 +37,7 @@ class _Process:
         self.compiled: set[tuple[str, int]] = set()
         self._log = log
         with log.open("ab") as errors:
+            self._before = errors.tell()
             self._popen = subprocess.Popen(
                 [*command, f"--core={core}"],
                 stdin=subprocess.PIPE,
@@ -80,7 +81,8 @@ class _Process:
 
     def last_words(self) -> str:
         """The last line it wrote to standard error."""
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        said = self._log.read_bytes()[self._before :].decode(errors="replace")
+        lines = said.strip().splitlines()
         return lines[-1] if lines else f"exit code {self.exit_code}"
 
 

@@ -34,22 +34,12 @@ class Plan:
 
     @classmethod
     def of(cls, sweep: Sweep, lab: Lab) -> "Plan":
-        """Resolves every run.
+        """Resolves every run; a `Sweep` has none twice.
 
         Raises:
-            ValueError: a run cannot be, or two are the same; the message names what they override.
+            ValueError: a run cannot be; the message names what it overrides.
         """
-        runs: dict[str, Experiment] = {}
-        firsts: dict[str, Overrides] = {}
-        for overrides, experiment in zip(sweep.grid, experiments(sweep), strict=True):
-            run_id = lab.run_id(experiment)
-            if run_id in runs:
-                raise ValueError(
-                    f"two runs of the grid are the same: {_told(firsts[run_id])} and "
-                    f"{_told(overrides)}"
-                )
-            runs[run_id], firsts[run_id] = experiment, overrides
-        return cls(sweep, runs)
+        return cls(sweep, {lab.run_id(each): each for each in experiments(sweep)})
 
     @classmethod
     def read(cls, workdir: Path) -> "Plan":

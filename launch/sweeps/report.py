@@ -84,8 +84,8 @@ def _calibration(calibration: Calibration) -> list[str]:
         f"{rates}",
         f"  every worker had {calibration.core_share:.0%} of a core{busy}",
         "  with imports, compilation and evaluations, without preparing text, checkpoints and",
-        "  restarts: right within a factor of 1.5 for shapes like those timed, on a machine that",
-        "  stays as busy as it was; within 2 to 3 for others",
+        "  restarts: expect a factor of 1.5 for shapes like those timed, if the machine stays as",
+        "  busy as it was; 2 to 3 for others",
         *(doubt if any(probe.cut for probe in calibration.probes) else []),
     ]
 

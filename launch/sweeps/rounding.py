@@ -54,10 +54,14 @@ class Rounding(Looks):
         """Whether a row is missing."""
         return bool(self._missing(schedule, step))
 
-    def look(self, schedule: Schedule, result: TrainingResult) -> None:
+    def look(
+        self, schedule: Schedule, result: TrainingResult, losses: LossesOfSequences | None = None
+    ) -> None:
         """Evaluates every method and format whose row is missing, and adds the rows."""
         step, params = int(result.state.step), result.state.params
-        plain = self.lab.evaluate(self.experiment, params, self.experiment.policy)
+        plain = losses
+        if plain is None:
+            plain = self.lab.evaluate(self.experiment, params, self.experiment.policy)
         row = self._row(schedule, step, plain)
         rows = [self._rounded(row, *each, params, plain) for each in self._missing(schedule, step)]
         if is_first():

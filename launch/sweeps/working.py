@@ -14,8 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,17 +43,6 @@ class Told:
 
     def __init__(self, run_id: str, tokens_per_step: int):
         self._run_id, self._tokens_per_step = run_id, tokens_per_step
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
 
     def skip(self, amount: float) -> None:
         """Tells of steps that were done before."""
@@ -159,7 +147,7 @@ class Worker:
                 WATCHING,
                 preempted,
                 Rounding(self._lab, experiment, folder, self._plan.sweep),
-                lambda title, total, unit: Told(run_id, experiment.tokens_at(1)),
+                lambda *_: contextlib.nullcontext(Told(run_id, experiment.tokens_at(1))),
             )
 
 

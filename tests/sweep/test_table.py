@@ -16,31 +16,9 @@ from hypothesis import strategies as st
 from qat.sweep import table as tables
 from qat.sweep.table import collect, finished, write
 from qat.training.results import Row, write_rows
+from tests.rows import ROW as ANY_ROW
 
-ROW = Row(
-    run_id="00e1",
-    params=10,
-    tokens=20,
-    weight_bits=4.0,
-    activation_bits=16.0,
-    kv_bits=16.0,
-    weight_format="int4",
-    activation_format="none",
-    kv_format="none",
-    policy="w4",
-    eval_set="stdlib/validation",
-    loss=1.5,
-    loss_se=0.1,
-    seed=0,
-    learning_rate=0.1,
-    schedule="cosine",
-    flops=1e9,
-    status="ok",
-    wall_s=1.0,
-    data_fingerprint="f",
-    config_hash="c",
-    versions="python 3, jax 4",
-)
+ROW = dataclasses.replace(ANY_ROW, run_id="00e1", versions="python 3, jax 4")
 NAN = float("nan")
 NAMES = [field.name for field in dataclasses.fields(Row)]
 

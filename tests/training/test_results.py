@@ -4,32 +4,8 @@ import dataclasses
 
 import pytest
 
-from qat.training.results import Row, hash_of, read_rows, write_rows
-
-ROW = Row(
-    run_id="a1",
-    params=10,
-    tokens=20,
-    weight_bits=4.0,
-    activation_bits=16.0,
-    kv_bits=16.0,
-    weight_format="int4",
-    activation_format="none",
-    kv_format="none",
-    policy="none",
-    eval_set="stdlib/validation",
-    loss=1.5,
-    loss_se=0.1,
-    seed=0,
-    learning_rate=0.1,
-    schedule="cosine",
-    flops=1e9,
-    status="ok",
-    wall_s=1.0,
-    data_fingerprint="f",
-    config_hash="c",
-    versions="v",
-)
+from qat.training.results import hash_of, read_rows, write_rows
+from tests.rows import ROW
 
 
 def test_rows_come_back_as_written(tmp_path):
