@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 import qat.nnx
 from models.attention import Attention, Cache, Positions
 from models.norm import RMSNorm
+from models.rotated import rotate_residual
 from qat.policy import Policy, Rules
 from qat.spelling import expected_one_of
 from qat.training.sharding import constrain
@@ -229,6 +230,10 @@ class Transformer(nnx.Module):
         shape = (config.layers, batch, length, config.kv_heads, channels)
         zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
         return Cache(zeros, zeros)
+
+    def rotate_residual(self, seed: int) -> frozenset[str]:
+        """Rotates the residual stream in place; see `models.rotated`."""
+        return rotate_residual(self, seed)
 
     def positions(self, start: Int[Array, ""], tokens: int, longest: int) -> Positions:
         """Those of `tokens` from `start` on, in sequences of at most `longest`."""

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -69,7 +70,7 @@ class Groups:
         return [dims(n, size) for n, size in zip(self.shape, self.tile, strict=True)]
 
 
-def groups_of(x: Array, quantizer: Quantizer, axis: Axis) -> Groups:
+def groups_of(x: Array | jax.ShapeDtypeStruct, quantizer: Quantizer, axis: Axis) -> Groups:
     """The groups of an array.
 
     Args:
@@ -111,7 +112,9 @@ def as_tuple(axis: Axis) -> tuple[int, ...]:
     return tuple(integers)
 
 
-def _block_axes(x: Array, quantizer: Quantizer, axes: tuple[int, ...]) -> list[tuple[int, int]]:
+def _block_axes(
+    x: Array | jax.ShapeDtypeStruct, quantizer: Quantizer, axes: tuple[int, ...]
+) -> list[tuple[int, int]]:
     """Axes that are tiled by blocks, and the sizes of the blocks."""
     if isinstance(quantizer.block_size, int):
         return [(axes[-1], quantizer.block_size)]
@@ -124,7 +127,7 @@ def _block_axes(x: Array, quantizer: Quantizer, axes: tuple[int, ...]) -> list[t
     return list(zip((axes[-1], kept[-1]), quantizer.block_size, strict=True))
 
 
-def _checked_block(x: Array, axis: int, size: int) -> int:
+def _checked_block(x: Array | jax.ShapeDtypeStruct, axis: int, size: int) -> int:
     length = x.shape[axis]
     if length % size:
         divisors = [d for d in range(1, length + 1) if length % d == 0]
@@ -136,7 +139,7 @@ def _checked_block(x: Array, axis: int, size: int) -> int:
     return size
 
 
-def _normalized_axes(x: Array, axis: Axis) -> tuple[int, ...]:
+def _normalized_axes(x: Array | jax.ShapeDtypeStruct, axis: Axis) -> tuple[int, ...]:
     """Non-negative axes, checked against the rank of `x`."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"only floating-point arrays can be quantized, got dtype {x.dtype}")

@@ -201,7 +201,7 @@ def _quantize(x: Array, quantizer: Quantizer, axes: tuple[int, ...], key: Array 
     if fmt.scaled:  # the scale says what is not a number, and any code will do
         any_lost = jnp.any(lost, axis=groups.reduced).reshape(groups.compact_shape)
         compact = dataclasses.replace(compact, scale=jnp.where(any_lost, jnp.nan, compact.scale))
-    storage = _storage(fmt)
+    storage = code_dtype(fmt)
     not_a_number = int(fmt.min_magnitude) if fmt.scaled else jnp.iinfo(storage).min
     codes = jnp.where(lost, not_a_number, codes).astype(storage).reshape(x.shape)
     return QTensor(codes, compact, fmt, groups.tile, quantizer.scale_format, str(x.dtype))
@@ -262,7 +262,7 @@ def _learned(
     return (_straight_through(inside, q) * step).astype(x.dtype).reshape(x.shape)
 
 
-def _storage(fmt: Format) -> Any:
+def code_dtype(fmt: Format) -> Any:
     """The smallest integer dtype that holds a format's codes."""
     if fmt.levels is not None or fmt.lowest == 0:
         return jnp.uint8 if fmt.bits <= 8 else jnp.uint16

@@ -84,12 +84,46 @@ def scale_for(x: Float[Array, "..."], quantizer: Quantizer, axis: Axis) -> Scale
     )
 
 
+def formatted(
+    largest: Float[Array, "..."], quantizer: Quantizer, tensor_scale: Array | None = None
+) -> Scale:
+    """The scale that maps `largest` to the grid's largest value, in the scale's format.
+
+    Args:
+        largest: float32, not negative, one number a group in any shape.
+        quantizer: without a zero point.
+        tensor_scale: to be kept, where scales have two levels; None takes the one that maps the
+            largest block scale to e4m3's largest value.
+    """
+    grid, up = quantizer.grid, quantizer.rounding == "stochastic"
+    if quantizer.scale_format == "e8m0":
+        exponent = exponent_of(largest) - exponent_of(grid.max_value)
+        if up:
+            larger = _significand(largest) > _significand(grid.max_value)
+            exponent = exponent + larger.astype(jnp.int32)
+        return Scale(power_of_two(jnp.clip(exponent, _SMALLEST_EXPONENT, _LARGEST_EXPONENT)))
+    ideal = largest * (1 / grid.max_value)
+    if quantizer.scale_format is None:
+        return Scale(_short(ideal, up))
+    if tensor_scale is None:
+        top = jnp.float32(1 / _BLOCK_SCALE.max_value)
+        tensor_scale = _short(jnp.max(ideal, keepdims=True, initial=0) * top, up)
+        tensor_scale = jnp.maximum(tensor_scale, _SMALLEST_TENSOR_SCALE)
+    ideal = ideal * (1 / tensor_scale)
+    block_scale = round_to_grid(ideal, _BLOCK_SCALE.grid())
+    if up:  # the smallest noise takes every value to the neighbour that is not the nearest
+        other = round_to_grid(ideal, _BLOCK_SCALE.grid(), jnp.zeros(ideal.shape, jnp.uint32))
+        block_scale = jnp.maximum(block_scale, other)
+    block_scale = jnp.maximum(block_scale, 2.0**_BLOCK_SCALE.min_exponent)
+    return Scale(block_scale, tensor_scale)
+
+
 def _symmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
     """Scales without a zero point, from a split array; shapes as `Groups.kept_shape`."""
     grid = quantizer.grid
     if quantizer.scale in ("fixed", "learned"):
         given = _given(quantizer.value, groups, quantizer)
-        scale = Scale(given) if quantizer.scale == "learned" else _formatted(given, quantizer)
+        scale = Scale(given) if quantizer.scale == "learned" else formatted(given, quantizer)
         scaled = jnp.where(jnp.isfinite(given), scale.scale, jnp.nan)
         return dataclasses.replace(scale, scale=jnp.where(grid.scaled, scaled, 1))
     amax = _largest_magnitude(x, grid, groups)
@@ -102,12 +136,12 @@ def _symmetric(x: Array, groups: Groups, quantizer: Quantizer) -> Scale:
         largest = _gaussian_clip(quantizer) * _root_mean_square(x, amax, groups)
     elif quantizer.scale == "mse":
         largest = amax * _best_shrink(
-            x, amax, groups, grid, lambda shrink: _formatted(amax * shrink, quantizer)
+            x, amax, groups, grid, lambda shrink: formatted(amax * shrink, quantizer)
         )
     else:
         largest = amax
     finite = jnp.isfinite(amax)
-    scale = _formatted(jnp.where(finite, largest, 0), quantizer)
+    scale = formatted(jnp.where(finite, largest, 0), quantizer)
     applied = jnp.where(grid.scaled, jnp.where(finite, scale.scale, jnp.nan), 1)
     levels = scale.tensor_scale
     return Scale(applied, levels if levels is None else jnp.where(grid.scaled, levels, 1))
@@ -163,30 +197,6 @@ def shifted(y: Array, scale: Scale, grid: AnyGrid, noise: Array | None) -> Array
     if noise is not None:
         return jnp.clip(y, -_BEYOND_INTEGERS, _BEYOND_INTEGERS) + scale.zero_point
     return jnp.where(grid.scaled, jnp.round(y), y) + scale.zero_point
-
-
-def _formatted(largest: Array, quantizer: Quantizer) -> Scale:
-    """The scale that maps `largest` to the grid's largest value, in the scale's format."""
-    grid, up = quantizer.grid, quantizer.rounding == "stochastic"
-    if quantizer.scale_format == "e8m0":
-        exponent = exponent_of(largest) - exponent_of(grid.max_value)
-        if up:
-            larger = _significand(largest) > _significand(grid.max_value)
-            exponent = exponent + larger.astype(jnp.int32)
-        return Scale(power_of_two(jnp.clip(exponent, _SMALLEST_EXPONENT, _LARGEST_EXPONENT)))
-    ideal = largest * (1 / grid.max_value)
-    if quantizer.scale_format is None:
-        return Scale(_short(ideal, up))
-    top = jnp.float32(1 / _BLOCK_SCALE.max_value)
-    tensor_scale = _short(jnp.max(ideal, keepdims=True, initial=0) * top, up)
-    tensor_scale = jnp.maximum(tensor_scale, _SMALLEST_TENSOR_SCALE)
-    ideal = ideal * (1 / tensor_scale)
-    block_scale = round_to_grid(ideal, _BLOCK_SCALE.grid())
-    if up:  # the smallest noise takes every value to the neighbour that is not the nearest
-        other = round_to_grid(ideal, _BLOCK_SCALE.grid(), jnp.zeros(ideal.shape, jnp.uint32))
-        block_scale = jnp.maximum(block_scale, other)
-    block_scale = jnp.maximum(block_scale, 2.0**_BLOCK_SCALE.min_exponent)
-    return Scale(block_scale, tensor_scale)
 
 
 def _shifted(low: Array, high: Array, quantizer: Quantizer) -> Scale:

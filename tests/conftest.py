@@ -41,6 +41,13 @@ CHECKED = [
     "qat.linen.state",
     "qat.linen.conversion",
     "qat.nnx",
+    "qat.rotation",
+    "qat.ptq.rtn",
+    "qat.ptq.gptq",
+    "qat.ptq.hqq",
+    "qat.ptq.awq",
+    "qat.ptq.smoothquant",
+    "qat.ptq.statistics",
 ]
 jaxtyping.install_import_hook(
     CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

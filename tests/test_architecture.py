@@ -12,6 +12,7 @@ FLOORS = ["qat", "models", "configs", "launch"]  # each may import itself and th
 NUMERICS = [
     ["spelling", "pytree"],
     ["grid", "noise", "packing", "labels", "contractions"],
+    ["rotation"],
     ["formats"],
     ["quantizer"],
     ["groups"],
@@ -21,7 +22,7 @@ NUMERICS = [
     ["storage", "calibration", "policy"],
     ["native"],
     ["dot_general"],
-    ["einsum", "convolution"],
+    ["einsum", "convolution", "transforms"],
     ["nnx", "linen"],
     ["ptq"],
 ]

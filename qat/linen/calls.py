@@ -22,7 +22,7 @@ from qat.contractions import quantized_scope
 from qat.convolution import conv_general_dilated
 from qat.dot_general import DotGeneral, dot_general
 from qat.einsum import einsum_by
-from qat.linen.state import noise_key, with_range, with_scale, with_state
+from qat.linen.state import input_transform, noise_key, with_range, with_scale, with_state
 from qat.policy import Policy
 from qat.quantization import fake_quant
 from qat.quantizer import Quantizer
@@ -209,9 +209,15 @@ def _dot_general(module: nn.Module, policy: Policy) -> DotGeneral:
         *,
         out_sharding: Any = None,
     ) -> jax.Array:
-        full = with_state(module, policy, lhs, rhs, dimension_numbers[0][1])
+        (lhs_axes, rhs_axes), _ = dimension_numbers
+        if (transform := input_transform(module)) is None:
+            left = policy
+        else:
+            key = _key(module, policy.activations)
+            lhs, left = transform.applied(lhs, tuple(lhs_axes), policy, key)
+        full = with_state(module, left, lhs, rhs, rhs_axes)
         with _marked(policy, *_PROJECTION):
-            dot = dot_general(full, _noise(module, policy))
+            dot = dot_general(full, _noise(module, left))
             return dot(
                 lhs,
                 rhs,

@@ -35,6 +35,7 @@ from qat.contractions import (
 )
 from qat.linen import layers
 from qat.linen.calls import FLAX_LAYERS, Layer, absent, code_of, filled
+from qat.linen.state import input_transform
 from qat.policy import AnyRules, Policy, Rules
 from qat.spelling import expected_instead
 
@@ -92,6 +93,11 @@ def quantize_model(
     if not inputs and not kwargs:
         return converted, ConversionReport(note=_UNTRACED)
     return converted, _report(plain, converted, inputs, kwargs)
+
+
+def rules_of(module: nn.Module) -> Rules | None:
+    """Those by which a module was converted, or None."""
+    return getattr(type(module), _RULES, None)
 
 
 def _converted_class(original: type[M], rules: Rules) -> type[M]:
@@ -202,7 +208,7 @@ class _Conversion:
         pattern, _ = self.rules.match(path) or ("", None)
         missing = layer.operands if policy is None else absent(policy, *layer.operands)
         reason: str | None
-        if objection := layer.objection(module, policy):
+        if (objection := layer.objection(module, policy)) is not None:
             missing, reason = layer.operands, objection
         elif missing == layer.operands or layer.several:
             reason = Rules.why_unquantized(pattern, policy, missing)
@@ -210,7 +216,10 @@ class _Conversion:
             reason = None  # for then it is not the layer's own contraction
         if self.notes is not None:
             self.notes.reasons["/".join(module.path)] = reason
-        return None if missing == layer.operands else policy
+        if missing != layer.operands:
+            return policy
+        transformed = objection is None and input_transform(module) is not None
+        return Policy() if transformed else None
 
 
 @dataclasses.dataclass

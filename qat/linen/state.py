@@ -3,16 +3,18 @@
 They live where Flax users look for them. A learned scale is a parameter of its layer,
 "weights_scale", "activations_scale" and so on, trained like any other. A fixed range is a variable
 of the collection "ranges", not a number until a batch was seen; whenever that collection is mutable
-it follows the data. Under `nn.scan` both belong among `variable_axes`.
+it follows the data. Under `nn.scan` both belong among `variable_axes`. Transforms of inputs, which
+post-training methods put there, are variables of the collection "transforms".
 
 A layer with a scale of its own has it from `init` on, so a model with such layers has to be
 initialized after it was converted.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -32,8 +34,10 @@ from qat.calibration import (
 from qat.groups import Axis
 from qat.policy import Policy
 from qat.quantizer import Quantizer
+from qat.transforms import InputTransform
 
 _RANGES = "ranges"
+TRANSFORMS, INPUTS = "transforms", "inputs"  # a collection, and its variable in a layer
 
 
 @dataclasses.dataclass
@@ -54,6 +58,10 @@ class _Calibration:
 
 _calibrating: contextvars.ContextVar[_Calibration | None] = contextvars.ContextVar(
     "calibrating", default=None
+)
+
+_met_transforms: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
+    "met_transforms", default=None
 )
 
 
@@ -100,6 +108,28 @@ def with_range(
         value = follow(value, x, quantizer, decay)
         module.put_variable(*place, value)
     return with_value(quantizer, value)
+
+
+def input_transform(module: nn.Module) -> InputTransform | None:
+    """What happens to a layer's inputs before its contraction, if anything."""
+    if not module.has_variable(TRANSFORMS, INPUTS):
+        return None
+    if (met := _met_transforms.get()) is not None:
+        met.add("/".join(module.path))
+        return None
+    transform: InputTransform = module.get_variable(TRANSFORMS, INPUTS)
+    return transform
+
+
+@contextlib.contextmanager
+def meeting_transforms() -> Iterator[set[str]]:
+    """Collects paths of layers that have a transform, and applies none."""
+    met: set[str] = set()
+    token = _met_transforms.set(met)
+    try:
+        yield met
+    finally:
+        _met_transforms.reset(token)
 
 
 def noise_key(module: nn.Module, *quantizers: Quantizer | None) -> jax.Array | None:

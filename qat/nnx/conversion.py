@@ -107,7 +107,7 @@ def quantize_model(
         raise ValueError(expected_instead("quantize_model", "an NNX module", model))
     rules, converted = Rules.of(rules), nnx.clone(model)
     nodes = [(_joined(path), node) for path, node in nnx.iter_graph(converted)]
-    layers = [(path, node) for path, node in nodes if _kind(node) is not None]
+    layers = [(path, node) for path, node in nodes if slot_kind(node) is not None]
     rules.check_all_match([path for path, _ in layers])
     outcomes = {path: _convert(path, node, rules) for path, node in layers}
     if not inputs and not kwargs:
@@ -177,26 +177,31 @@ _LAYERS: dict[type, _Layer] = {
 }
 
 
-def _kind(node: Any) -> _Layer | None:
+def slot_kind(node: Any) -> _Layer | None:
     """How a node is converted; a subclass keeps its slots, but an embedding may differ in all."""
     if isinstance(node, nnx.Embed) and type(node) not in (nnx.Embed, Embed):
         return None
     return next((kind for layer, kind in _LAYERS.items() if isinstance(node, layer)), None)
 
 
+def is_free(held: Any) -> bool:
+    """Whether what a layer's slot holds is Flax's or ours, and may be replaced."""
+    return held in _UNQUANTIZED or isinstance(held, Slot | Attention)
+
+
 def _convert(path: str, layer: Any, rules: Rules) -> _Outcome:
     """Fills a layer's slot, where a rule and the layer allow it."""
-    kind = _kind(layer)
+    kind = slot_kind(layer)
     assert kind is not None
     pattern, policy = rules.match(path) or ("", rules.policy_for(path))
     held = getattr(layer, kind.slot, None)
-    if held not in _UNQUANTIZED and not isinstance(held, Slot | Attention):
+    if not is_free(held):
         return _Outcome(reason=f"its {kind.slot} is its own")
     if getattr(layer, "dot_general_cls", None) is not None:
         return _Outcome(reason="its dot_general_cls is its own")
     if policy is not None and any(policy.operands()[operand] for operand in kind.operands):
         with naming_layer(path):
-            slot = kind.make(layer, policy, _stack(layer, kind))
+            slot = kind.make(layer, policy, stack_of_layer(layer))
         slot.path = path
         if type(layer) is nnx.Embed:
             layer.__class__ = Embed
@@ -206,8 +211,10 @@ def _convert(path: str, layer: Any, rules: Rules) -> _Outcome:
     return _Outcome(reason=Rules.why_unquantized(pattern, policy, kind.operands))
 
 
-def _stack(layer: Any, kind: _Layer) -> tuple[int, ...]:
+def stack_of_layer(layer: Any) -> tuple[int, ...]:
     """Leading axes of a stack of layers, by what one layer declares."""
+    kind = slot_kind(layer)
+    assert kind is not None
     holder: Any = layer.query if isinstance(layer, nnx.MultiHeadAttention) else layer
     kernel = holder.embedding if isinstance(layer, nnx.Embed) else holder.kernel
     shape: tuple[int, ...] = kernel.shape
@@ -255,7 +262,7 @@ class _Marked:
 
 def _mark(path: str, layer: Any) -> None:
     """Lets a layer that stays unquantized be found in the trace."""
-    kind = _kind(layer)
+    kind = slot_kind(layer)
     assert kind is not None
     held = getattr(layer, kind.slot, None) or jax.lax.dot_general
     if type(layer) is nnx.Embed:

@@ -28,6 +28,8 @@ from qat.nnx.observation import Observation
 from qat.policy import Policy
 from qat.quantization import fake_quant
 from qat.quantizer import Quantizer
+from qat.rotation import Rotation
+from qat.transforms import InputTransform
 
 PROJECTION = ("weights", "activations", "gradients")
 ATTENTION = ("queries", "kv_cache", "probabilities")
@@ -51,6 +53,10 @@ class LearnedScale(nnx.Param[jax.Array]):
 
 class StaticRange(nnx.Variable[jax.Array]):
     """The largest magnitude seen in calibration, or smallest and largest value; NaN before."""
+
+
+class TransformState(nnx.Variable[InputTransform]):
+    """What happens to a layer's inputs before its contraction; neither trained nor a parameter."""
 
 
 class Slot(nnx.Module):
@@ -116,6 +122,7 @@ class DotGeneral(Slot):
     def __init__(self, policy: Policy | str, *args: Any, **kwargs: Any):
         dot_general(policy)  # refuses now what it would refuse later
         super().__init__(policy, PROJECTION, *args, **kwargs)
+        self.transform: TransformState | None = nnx.data(None)
 
     def __call__(
         self,
@@ -127,10 +134,14 @@ class DotGeneral(Slot):
     ) -> jax.Array:
         """Contracts as `jax.lax.dot_general` does, under the policy in the state."""
         (lhs_axes, rhs_axes), _ = dimension_numbers
+        policy, key = self.filled_policy(), self.key.get_value()
+        if self.transform is not None:
+            transform = self.transform.get_value()
+            lhs, policy = transform.applied(lhs, tuple(lhs_axes), policy, key)
         self.observe("activations", lhs, tuple(lhs_axes))
         self.observe("weights", rhs, tuple(rhs_axes))
         with self.scope():
-            dot = dot_general(self.filled_policy(), self.key.get_value())
+            dot = dot_general(policy, key)
             return dot(lhs, rhs, dimension_numbers, *args, **kwargs)
 
 
@@ -173,12 +184,19 @@ class FakeQuant(Slot):
         self, policy: Policy | str, operand: str = "kv_cache", stack: tuple[int, ...] = ()
     ):
         super().__init__(policy, (operand,), stack=stack)
+        self.rotation_seed: int | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Quantizes; shape and dtype stay."""
+        """Quantizes, between a rotation and its inverse if it has one; shape and dtype stay."""
         (operand,) = self.operands
-        self.observe(operand, x, -1)
         quantizer = self.quantizer(operand)
+        if quantizer is None or self.rotation_seed is None:
+            return self._quantized(operand, quantizer, x)
+        rotation = Rotation.of(x.shape[-1], self.rotation_seed)
+        return rotation.inverse(self._quantized(operand, quantizer, rotation.apply(x, -1)), -1)
+
+    def _quantized(self, operand: str, quantizer: Quantizer | None, x: jax.Array) -> jax.Array:
+        self.observe(operand, x, -1)
         return x if quantizer is None else fake_quant(x, quantizer, -1, self.key.get_value())
 
 

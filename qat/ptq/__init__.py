@@ -1,149 +1,186 @@
 """Post-training quantization: one method a file, one door for all of them.
 
-A method turns a weight and a quantizer into a `QTensor`. The door finds the weights: it walks
-the model, takes every dense layer's kernel with the contraction axes that the layer itself
-declares (never guessed from a shape), and reports every parameter, quantized or not, and why.
+A method is a pipeline: transformations that change no function (`smoothquant`, `awq`, `quarot`,
+`llm_int8`), then one rounding (`rtn`, `gptq`, `hqq`), as in "quarot+gptq". The door takes any NNX
+or Linen model. Given calibration batches it traces the model and finds every parameter that is
+multiplied with activations, whatever layer holds it (`weights`); each is rounded when all before
+it are, on inputs that came through them (`stream`). Without batches, as rounding to nearest needs
+none, it takes the kernels of an NNX model's dense layers.
+
+What a model quantizes itself, activations and cache, stays as its policy says and is seen by
+calibration; quantizers of the weights that are rounded here are taken from it.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 
-from qat.ptq.rtn import round_to_nearest
-from qat.quantization import QTensor
+from qat.contractions import naming_layer
+from qat.groups import groups_of
+from qat.ptq.gptq import Gptq
+from qat.ptq.linen_model import LinenModel
+from qat.ptq.methods import METHODS, Method, Settings
+from qat.ptq.model import Model
+from qat.ptq.nnx_model import NnxModel
+from qat.ptq.report import ParameterReport, left_alone
+from qat.ptq.rounding import Rounding
+from qat.ptq.rtn import prepared
+from qat.ptq.stream import Stream, batches_of
+from qat.ptq.transforming import Transformation
+from qat.ptq.weights import Weight
 from qat.quantizer import Quantizer
-from qat.spelling import expected_instead, expected_one_of, nearest_few
+from qat.spelling import expected_instead, nearest_few
 
-Model = TypeVar("Model", bound=nnx.Module)
-Method = Callable[[jax.Array, Quantizer, tuple[int, ...]], QTensor]
-
-METHODS: dict[str, Method] = {"rtn": round_to_nearest}
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterReport:
-    """What became of one parameter.
-
-    Attributes:
-        path: "/"-separated.
-        quantized: whether its values changed.
-        reason: the quantizer, or why the parameter was left alone.
-        nbytes: of codes and scales, or of the parameter as it is.
-        relative_error: root mean square error over root mean square; 0 if left alone.
-    """
-
-    path: str
-    quantized: bool
-    reason: str
-    nbytes: int
-    relative_error: float
+__all__ = ["METHODS", "Gptq", "Method", "ParameterReport", "Settings", "quantize"]
 
 
 def quantize(
-    model: Model, method: str, quantizer: Quantizer | str, skip: str | None = None
-) -> tuple[Model, list[ParameterReport]]:
-    """Quantizes the weights of a trained NNX model.
+    model: Any,
+    method: str,
+    quantizer: Quantizer | str,
+    calibration: Iterable[Any] = (),
+    skip: str | None = None,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    settings: Settings | None = None,
+) -> tuple[Any, list[ParameterReport]]:
+    """Quantizes the weights of a trained model.
 
     Args:
-        model: any NNX module; it stays as it is.
-        method: "rtn".
-        quantizer: of the kernels, along their contraction axes, or its spelling.
+        model: any NNX module, or a pair (Linen module, variables); it stays as it is.
+        method: such as "rtn", "gptq", "awq" or "quarot+gptq".
+        quantizer: of the weights, along their contraction axes, or its spelling.
+        calibration: inputs of the model, batches of one shape. "rtn", "hqq" and "quarot" do
+            without on an NNX model.
         skip: regular expression; layers whose whole path matches stay unquantized. None skips none.
+        call: (model, batch) → anything, how a batch runs; None is ``model(batch)``.
+        settings: numbers of the methods; None is `Settings()`.
 
     Returns:
-        A copy to be called as before, with dequantized values in its kernels, and a report of
-        every parameter.
+        A copy to be called as before, a module or a pair as `model` was, with dequantized values in
+        its weights, and a report of every parameter, which holds the codes.
 
     Raises:
-        ValueError: not an NNX module or a quantizer, unknown method, a `skip` that is no regular
-            expression or matches no dense layer, or nothing to quantize.
+        ValueError: not a model or a quantizer; unknown method; a method that cannot take the
+            quantizer, or misses its calibration batches; batches of different shapes; a `skip` that
+            is no regular expression or matches no layer; nothing to quantize; weights or inputs
+            that are not finite.
     """
-    if not isinstance(model, nnx.Module):
-        raise ValueError(expected_instead("ptq.quantize", "an NNX module", model))
-    quantizer = Quantizer.of(quantizer)
-    if method not in METHODS:
-        raise ValueError(expected_one_of("method", method, METHODS))
-    copy = nnx.clone(model)
-    layers = _dense_layers(copy)
-    _check_skip(skip, layers)
-    reports = [
-        _quantize_parameter(path, parameter, layers, METHODS[method], quantizer, skip)
-        for path, parameter in _parameters(copy)
-    ]
-    if not any(report.quantized for report in reports):
+    quantizer, parsed = Quantizer.of(quantizer), Method.parse(method)
+    _check_quantizer(quantizer)
+    settings = settings or Settings()
+    batches = list(batches_of(calibration))
+    if parsed.needs_data and not batches:
+        raise ValueError(
+            f"method {method!r} looks at the inputs of layers: expected calibration=batches"
+        )
+    subject = _model_of(model, call or _call, batches)
+    kept = _kept_layers(subject, skip)
+    subject = subject.with_unquantized_weights([p for p in subject.parameters if p not in kept])
+    stream = _stream_of(subject, batches)
+    found, reasons = _find(subject, stream)
+    targets = {path: weights for path, weights in found.items() if path not in kept}
+    _check(subject, quantizer, found, targets, skip)
+    for name in parsed.transformations:
+        subject = Transformation(quantizer, settings).apply(name, subject, targets, stream)
+        stream = _stream_of(subject, batches)
+    rounding = Rounding(parsed.rounding, quantizer, settings)
+    subject, rounded = rounding.apply(subject, targets, stream)
+    reports = {report.path: report for report in rounded}
+    reasons |= dict.fromkeys(kept & found.keys(), f"skipped by {skip!r}")
+    for path, value in subject.parameters.items():
+        if path not in reports:
+            reports[path] = left_alone(path, value, reasons[path])
+    return subject.result, [reports[path] for path in subject.parameters]
+
+
+def _check_quantizer(quantizer: Quantizer) -> None:
+    """Raises ValueError for one that no trained weight can be rounded by."""
+    if not quantizer.host_format().quantizes:
+        raise ValueError(f"quantizer {str(quantizer)!r} leaves weights as they are")
+    prepared(quantizer)
+    if quantizer.scale == "learned":
+        closest = dataclasses.replace(quantizer, scale="mse", value=None)
+        raise ValueError(
+            f"quantizer {str(quantizer)!r}: a learned scale is trained; nearest is {str(closest)!r}"
+        )
+
+
+def _model_of(model: Any, call: Callable[[Any, Any], Any], batches: Sequence[Any]) -> Model:
+    if isinstance(model, nnx.Module):
+        return NnxModel(model, call)
+    pair = model if isinstance(model, tuple) and len(model) == 2 else (None, None)
+    if isinstance(pair[0], nn.Module) and isinstance(pair[1], Mapping):
+        if not batches:
+            raise ValueError(
+                "a Linen model makes its layers when it runs: expected calibration=batches"
+            )
+        return LinenModel(pair[0], pair[1], call, batches[0])
+    expected = "an NNX module or a pair (Linen module, variables)"
+    raise ValueError(expected_instead("ptq.quantize", expected, model))
+
+
+def _call(model: Any, batch: Any) -> Any:
+    return model(batch)
+
+
+def _kept_layers(model: Model, skip: str | None) -> set[str]:
+    """Parameters whose layer's whole path matches `skip`."""
+    try:
+        pattern = re.compile(skip or "")
+    except re.error as error:
+        raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
+    if skip is None:
+        return set()
+    return {path for path in model.parameters if pattern.fullmatch(path.rpartition("/")[0])}
+
+
+def _stream_of(model: Model, batches: Sequence[Any]) -> Stream | None:
+    return Stream(model.function(), model.parameters, batches) if batches else None
+
+
+def _find(model: Model, stream: Stream | None) -> tuple[dict[str, list[Weight]], dict[str, str]]:
+    """Weights by path of their parameter, and why other parameters are none."""
+    found: dict[str, list[Weight]] = {}
+    if stream is not None:
+        for weight in stream.weights:
+            found.setdefault(stream.path(weight), []).append(weight)
+        return found, stream.reasons
+    reasons = {}
+    for path in model.parameters:
+        weight_or_reason = model.declared(path)
+        if isinstance(weight_or_reason, Weight):
+            found[path] = [weight_or_reason]
+        else:
+            reasons[path] = weight_or_reason
+    return found, reasons
+
+
+def _check(
+    model: Model,
+    quantizer: Quantizer,
+    found: Mapping[str, Any],
+    targets: Mapping[str, Sequence[Weight]],
+    skip: str | None,
+) -> None:
+    """Raises ValueError where nothing is left to do, or a weight cannot be quantized."""
+    layers = [path.rpartition("/")[0] for path in found]
+    if skip is not None and len(targets) == len(found):
+        near = ", ".join(map(repr, nearest_few(skip, layers))) or "none at all"
+        raise ValueError(f"skip {skip!r} matches no dense layer; nearest paths are {near}")
+    if not targets:
         raise ValueError(
             f"nothing to quantize: the model has {len(layers)} dense layers, skip is {skip!r}"
         )
-    return copy, reports
-
-
-def _check_skip(skip: str | None, layers: Iterable[str]) -> None:
-    """Raises ValueError where `skip` is no pattern, or that of no layer."""
-    if skip is None:
-        return
-    try:
-        matches = [path for path in layers if re.fullmatch(skip, path)]
-    except re.error as error:
-        raise ValueError(f"skip {skip!r} is not a regular expression: {error}") from None
-    if not matches:
-        near = ", ".join(map(repr, nearest_few(skip, layers))) or "none at all"
-        raise ValueError(f"skip {skip!r} matches no dense layer; nearest paths are {near}")
-
-
-def _parameters(model: nnx.Module) -> list[tuple[str, nnx.Param[jax.Array]]]:
-    """Parameters with the path of their layer and their own name."""
-    nodes = nnx.iter_graph(model)
-    return [("/".join(map(str, path)), node) for path, node in nodes if isinstance(node, nnx.Param)]
-
-
-def _dense_layers(model: nnx.Module) -> dict[str, nnx.Linear | nnx.LinearGeneral]:
-    """Dense layers by path."""
-    nodes = nnx.iter_graph(model)
-    dense = (nnx.Linear, nnx.LinearGeneral)
-    return {"/".join(map(str, path)): node for path, node in nodes if isinstance(node, dense)}
-
-
-def _quantize_parameter(
-    path: str,
-    parameter: nnx.Param[jax.Array],
-    layers: dict[str, nnx.Linear | nnx.LinearGeneral],
-    method: Method,
-    quantizer: Quantizer,
-    skip: str | None,
-) -> ParameterReport:
-    """Quantizes one parameter in place, if it is the kernel of a layer that is not skipped."""
-    layer, _, name = path.rpartition("/")
-    weight = parameter[...]
-    if layer not in layers or name != "kernel":
-        return ParameterReport(path, False, "not the kernel of a dense layer", weight.nbytes, 0.0)
-    if skip is not None and re.fullmatch(skip, layer):
-        return ParameterReport(path, False, f"skipped by {skip!r}", weight.nbytes, 0.0)
-    stack, axes = _kernel_axes(layers[layer], weight.ndim)
-
-    def quantize_kernel(kernel: jax.Array) -> QTensor:
-        return method(kernel, quantizer, axes)
-
-    for _ in range(stack):
-        quantize_kernel = jax.vmap(quantize_kernel)
-    qtensor = quantize_kernel(weight)
-    parameter.set_value(qtensor.dequantize())
-    error = _relative_error(weight, parameter[...])
-    return ParameterReport(path, True, str(quantizer), qtensor.nbytes, error)
-
-
-def _relative_error(weight: jax.Array, quantized: jax.Array) -> float:
-    """Norm of the error over the norm of the weight, in float64 against overflow; 0 for 0/0."""
-    exact, rounded = np.asarray(weight, np.float64), np.asarray(quantized, np.float64)
-    error, size = np.linalg.norm(rounded - exact), np.linalg.norm(exact)
-    return float(error / size) if size else float(error)
-
-
-def _kernel_axes(layer: nnx.Linear | nnx.LinearGeneral, rank: int) -> tuple[int, tuple[int, ...]]:
-    """Leading axes over which a kernel is stacked, and the contraction axes of one kernel."""
-    inputs, outputs = np.size(layer.in_features), np.size(layer.out_features)
-    return rank - inputs - outputs, tuple(range(inputs))
+    for path, (weight, *_) in targets.items():
+        with naming_layer(path.rpartition("/")[0]):
+            if not bool(jnp.all(jnp.isfinite(model.parameters[path]))):
+                raise ValueError("its weights are not finite")
+            one = jax.ShapeDtypeStruct(weight.shape[weight.stacked :], jnp.float32)
+            groups_of(one, quantizer, weight.matrix_axes)

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qat.ptq import METHODS
 from qat.quantizer import Quantizer
 from qat.spelling import expected_instead, expected_one_of
 from qat.sweep.grid import Grid, apply
 from qat.training.results import hash_of
+
+_METHODS = ("rtn",)  # that need no calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Sweep:
     Attributes:
         config: base experiment, a plain nested dict of what JSON can hold.
         grid: what each run changes, in the order in which runs start.
-        ptq_methods: of `qat.ptq`, each applied to every finished run; empty for none.
+        ptq_methods: each applied to every finished run, for now "rtn"; empty for none.
         ptq_formats: spellings of `qat.Quantizer`, for each method; empty for none.
         ptq_at: the shares of a run's training after which that is done, in (0, 1].
 
@@ -68,8 +69,8 @@ class Sweep:
     def _check_ptq(self) -> None:
         """Raises ValueError for what cannot be done to a trained model, or only twice."""
         for method in self.ptq_methods:
-            if method not in METHODS:
-                raise ValueError(expected_one_of("ptq method", method, METHODS))
+            if method not in _METHODS:
+                raise ValueError(expected_one_of("ptq method", method, _METHODS))
         if bool(self.ptq_methods) != bool(self.ptq_formats):
             raise ValueError(
                 f"ptq_methods {self.ptq_methods} and ptq_formats {self.ptq_formats}: "

@@ -1,0 +1,64 @@
+"""What post-training quantization asks of a model, whichever library it is from."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from qat.ptq.weights import Weight
+from qat.transforms import InputTransform
+
+Parameters = dict[str, jax.Array]
+
+
+class Model(Protocol):
+    """A model as a function of parameters by path, in whose layers inputs can be transformed."""
+
+    @property
+    def parameters(self) -> Parameters:
+        """Arrays by "/"-separated path."""
+        ...
+
+    def function(self) -> Callable[[Parameters, Any], Any]:
+        """(parameters, batch) → what the model returns."""
+        ...
+
+    def declared(self, path: str) -> Weight | str:
+        """How a parameter is contracted, by what its layer says; or why that is not known."""
+        ...
+
+    def objection(self, path: str) -> str | None:
+        """Why inputs of the layer that holds this weight cannot be transformed, if so."""
+        ...
+
+    def exact_features(self, path: str) -> jax.Array | None:
+        """Which inputs of a weight (*stack, K) its transform keeps unquantized, if any."""
+        ...
+
+    def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "Model":
+        """With other values of some parameters."""
+        ...
+
+    def with_transforms(self, transforms: Mapping[str, InputTransform]) -> "Model":
+        """With further changes of the inputs of layers, by path of their weight.
+
+        Arrays have the axes of the layer's stack, if it is one, in front.
+        """
+        ...
+
+    def with_unquantized_weights(self, paths: Collection[str]) -> "Model":
+        """Without quantizers of their own on these weights, which are about to be rounded."""
+        ...
+
+    def with_rotated_cache(self, seed: int) -> "Model":
+        """With keys and values rotated where they are quantized for the cache."""
+        ...
+
+    def with_rotated_residual(self, seed: int) -> tuple["Model", frozenset[str]]:
+        """With the residual stream rotated, if the model can; and weights whose inputs that is."""
+        ...
+
+    @property
+    def result(self) -> Any:
+        """The model as its user knows it."""
+        ...

@@ -1,0 +1,121 @@
+"""An NNX model as post-training quantization sees it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qat.nnx.transforms import (
+    add_input_transforms,
+    dense_layers,
+    exact_features,
+    remove_weight_quantizers,
+    rotate_caches,
+    transform_objection,
+)
+from qat.ptq.model import Parameters
+from qat.ptq.weights import Weight
+from qat.transforms import InputTransform
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NnxModel:
+    """See `qat.ptq.model.Model`.
+
+    Attributes:
+        module: never changed; others are made of it.
+        call: (module, batch) → anything, how a batch runs.
+    """
+
+    module: nnx.Module
+    call: Callable[[Any, Any], Any]
+
+    @property
+    def result(self) -> nnx.Module:
+        """The module."""
+        return self.module
+
+    @functools.cached_property
+    def parameters(self) -> Parameters:
+        """All `nnx.Param`."""
+        return {path: node[...] for path, node in _parameters(self.module).items()}
+
+    def function(self) -> Callable[[Parameters, Any], Any]:
+        """A pure function, in which the module is cloned."""
+
+        def run(parameters: Parameters, batch: Any) -> Any:
+            module = nnx.clone(self.module)
+            for path, node in _parameters(module).items():
+                node.set_value(parameters[path])
+            return self.call(module, batch)
+
+        return run
+
+    def declared(self, path: str) -> Weight | str:
+        """By the dense layer that holds it; a stack of layers is one stack of weights."""
+        layer, name = _layer(path), path.rpartition("/")[2]
+        if name != "kernel" or layer not in self._layers:
+            return "not the kernel of a dense layer"
+        shape = self.parameters[path].shape
+        inputs = np.size(self._layers[layer].in_features)
+        stack = len(shape) - inputs - np.size(self._layers[layer].out_features)
+        return Weight(0, (), shape, tuple(range(stack)), tuple(range(stack, stack + inputs)), ())
+
+    def objection(self, path: str) -> str | None:
+        """A layer needs a slot for its contraction."""
+        return transform_objection(self.module, _layer(path))
+
+    def exact_features(self, path: str) -> jax.Array | None:
+        """From the slot of the layer."""
+        return exact_features(self.module, _layer(path))
+
+    def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "NnxModel":
+        """A copy."""
+        module = nnx.clone(self.module)
+        nodes = _parameters(module)
+        for path, value in parameters.items():
+            nodes[path].set_value(value)
+        return dataclasses.replace(self, module=module)
+
+    def with_transforms(self, transforms: Mapping[str, InputTransform]) -> "NnxModel":
+        """In the slots of a copy's layers."""
+        by_layer = {_layer(path): transform for path, transform in transforms.items()}
+        return self._changed(add_input_transforms, by_layer)
+
+    def with_unquantized_weights(self, paths: Collection[str]) -> "NnxModel":
+        """In the slots of a copy's layers."""
+        return self._changed(remove_weight_quantizers, {_layer(path) for path in paths})
+
+    def with_rotated_cache(self, seed: int) -> "NnxModel":
+        """Queries and probabilities stay."""
+        return self._changed(rotate_caches, seed)
+
+    def with_rotated_residual(self, seed: int) -> tuple["NnxModel", frozenset[str]]:
+        """By the module's own `rotate_residual(seed)`, if it has one."""
+        if not hasattr(self.module, "rotate_residual"):
+            return self, frozenset()
+        module: Any = nnx.clone(self.module)
+        rotated = frozenset(module.rotate_residual(seed))
+        return dataclasses.replace(self, module=module), rotated
+
+    def _changed(self, change: Callable[..., None], *args: Any) -> "NnxModel":
+        module = nnx.clone(self.module)
+        change(module, *args)
+        return dataclasses.replace(self, module=module)
+
+    @functools.cached_property
+    def _layers(self) -> dict[str, Any]:
+        return dense_layers(self.module)
+
+
+def _parameters(module: nnx.Module) -> dict[str, nnx.Param[jax.Array]]:
+    nodes = nnx.iter_graph(module)
+    return {"/".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}
+
+
+def _layer(path: str) -> str:
+    return path.rpartition("/")[0]
