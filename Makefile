@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' || \
 		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,pretrained,dev]'
 	touch $(INSTALLED)
 
 clean:

@@ -7,10 +7,12 @@ keys and values come out of one projection, ordered by key-value head, so that s
 over devices keeps each group together.
 
 Shapes: B batch, T new tokens, S tokens attended to, D width, K key-value heads, G queries per
-key-value head, R = G · T rows of queries of a key-value head, C channels of a head.
+key-value head, R = G · T rows of queries of a key-value head, C channels of a head, H = K · G · C
+channels of all query heads.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,14 +79,31 @@ class Positions:
 
 
 class Attention(nnx.Module):
-    """Projections, rotation, quantized cache, attention, normed output projection."""
+    """Projections, rotation, quantized cache, attention, output projection.
+
+    Args:
+        width: D.
+        heads: of queries.
+        kv_heads: K, of keys and values.
+        channels: C of a head.
+        scale: factor of the scores.
+        sub_norm: whether a norm stands before the output projection.
+        norm_epsilon: of that norm.
+        dtype: to compute in.
+        rules: policies by layer path.
+        path: of this module.
+        rngs: for the initial parameters.
+    """
 
     def __init__(
         self,
         width: int,
         heads: int,
         kv_heads: int,
+        channels: int,
         scale: float,
+        sub_norm: bool,
+        norm_epsilon: float,
         dtype: jnp.dtype,
         rules: Rules,
         path: str,
@@ -95,7 +114,7 @@ class Attention(nnx.Module):
         cache_policy = rules.policy_for(f"{path}/cache")
         self.qkv = qat.nnx.LinearGeneral(
             width,
-            (kv_heads, self.group + 2, width // heads),
+            (kv_heads, self.group + 2, channels),
             use_bias=False,
             dtype=dtype,
             policy=rules.policy_for(f"{path}/qkv"),
@@ -104,9 +123,11 @@ class Attention(nnx.Module):
         self.cache = nnx.data(_fake_quant(cache_policy, "kv_cache"))
         self.queries = nnx.data(_fake_quant(cache_policy, "queries"))
         self.probabilities = nnx.data(_fake_quant(cache_policy, "probabilities"))
-        self.norm = RMSNorm(width, dtype=dtype, rngs=rngs)
+        mixed = heads * channels
+        norm = functools.partial(RMSNorm, dtype=dtype, rngs=rngs, epsilon=norm_epsilon)
+        self.norm = norm(mixed) if sub_norm else None
         self.out = qat.nnx.Linear(
-            width,
+            mixed,
             width,
             use_bias=False,
             dtype=dtype,
@@ -145,7 +166,8 @@ class Attention(nnx.Module):
             positions_S = jnp.arange(k_BSKC.shape[1])
         visible_TS = positions.index_T[:, None] >= positions_S[None, :]
         mixed_BTKGC = attend(q_BTKGC * self.scale, k_BSKC, v_BSKC, visible_TS, self.probabilities)
-        return self.out(self.norm(mixed_BTKGC.reshape(x_BTD.shape))), cache
+        mixed_BTH = mixed_BTKGC.reshape(*x_BTD.shape[:2], -1)
+        return self.out(mixed_BTH if self.norm is None else self.norm(mixed_BTH)), cache
 
 
 def attend(

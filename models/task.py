@@ -73,7 +73,7 @@ def scaled(config: TransformerConfig, scaling: Scaling) -> TransformerConfig:
     """The shape with the factors that the rule asks for in the model itself."""
     return dataclasses.replace(
         config,
-        attention_scale=scaling.attention_scale(config.width // config.heads),
+        attention_scale=scaling.attention_scale(config.channels),
         residual_scale=scaling.residual_scale,
     )
 

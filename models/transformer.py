@@ -3,8 +3,10 @@
 Pre-norm blocks with SwiGLU, rotary grouped-query attention and an RMSNorm directly before each
 projection: the attention output and the down projection have one of their own, as in BitNet
 (arXiv 2402.17764) and Kumar et al. (arXiv 2411.04330), since a quantizer that scales by the
-largest magnitude wants inputs of even size. Embedding and head are untied and stay unquantized
-unless the policy is a set of `Rules` that says otherwise.
+largest magnitude wants inputs of even size. Without these two (`sub_norms`) it is the decoder of
+Llama (Touvron et al., arXiv 2302.13971), so checkpoints of that family run as they are. Embedding
+and head are untied (of a checkpoint that ties them the head is a copy) and stay unquantized unless
+the policy is a set of `Rules` that says otherwise.
 
 The blocks are one stacked module run by `jax.lax.scan`, so compile time does not grow with depth.
 Rematerialisation keeps a block's input ("full"), or that and the outputs of its matrix products
@@ -46,7 +48,7 @@ class TransformerConfig:
 
     Attributes:
         vocabulary: number of token ids.
-        width: residual width D; a multiple of `heads`.
+        width: residual width D; a multiple of `heads` unless `head_width` is given.
         layers: number of blocks.
         heads: query heads; a multiple of `kv_heads`.
         kv_heads: key-value heads.
@@ -59,6 +61,9 @@ class TransformerConfig:
         attention_scale: factor of the attention scores; 0 means one over the root of the channels
             of a head.
         residual_scale: factor of every block's updates of the residual stream.
+        head_width: channels C of a head; 0 means `width / heads`.
+        sub_norms: whether a norm stands before the attention output and the down projection.
+        norm_epsilon: added to the mean squares of all norms.
     """
 
     vocabulary: int = 256
@@ -73,31 +78,45 @@ class TransformerConfig:
     remat: str = "none"
     attention_scale: float = 0.0
     residual_scale: float = 1.0
+    head_width: int = 0
+    sub_norms: bool = True
+    norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         for size in ("vocabulary", "width", "layers", "heads", "kv_heads", "unroll"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} = {getattr(self, size)}: expected at least 1")
-        if self.mlp_width < 0:
-            raise ValueError(f"mlp_width = {self.mlp_width}: expected at least 0")
+        for size in ("mlp_width", "head_width", "norm_epsilon"):
+            if getattr(self, size) < 0:
+                raise ValueError(f"{size} = {getattr(self, size)}: expected at least 0")
         for name, options in (("dtype", _DTYPES), ("remat", tuple(_REMAT))):
             if getattr(self, name) not in options:
                 raise ValueError(expected_one_of(name, getattr(self, name), options))
-        for whole, part in (("width", "heads"), ("heads", "kv_heads")):
+        divided = [("heads", "kv_heads"), *([] if self.head_width else [("width", "heads")])]
+        for whole, part in divided:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"{whole} = {getattr(self, whole)} is not a multiple of "
                     f"{part} = {getattr(self, part)}"
                 )
-        if self.width // self.heads % 2:
-            raise ValueError(
-                f"width / heads = {self.width // self.heads}: rotary positions need an even number"
-            )
+        if self.channels % 2:
+            name = "head_width" if self.head_width else "width / heads"
+            raise ValueError(f"{name} = {self.channels}: rotary positions need an even number")
+
+    @property
+    def channels(self) -> int:
+        """C, the width of a head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of all query heads."""
+        return self.heads * self.channels
 
     @property
     def score_scale(self) -> float:
         """Factor of the attention scores."""
-        return self.attention_scale or (self.width // self.heads) ** -0.5
+        return self.attention_scale or self.channels**-0.5
 
     @property
     def gated_width(self) -> int:
@@ -107,19 +126,24 @@ class TransformerConfig:
     @property
     def kernel_params(self) -> int:
         """Parameters of the blocks' projections."""
-        kv_width = self.width // self.heads * self.kv_heads
-        attention = self.width * (2 * self.width + 2 * kv_width)
+        attention = 2 * self.width * self.channels * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.gated_width)
 
     @property
     def params(self) -> int:
         """Parameters N as scaling laws count them: without embedding and head."""
-        norms = self.layers * (3 * self.width + self.gated_width) + self.width
+        sub_norms = self.attention_width + self.gated_width if self.sub_norms else 0
+        norms = self.layers * (2 * self.width + sub_norms) + self.width
         return self.kernel_params + norms
 
 
+def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> RMSNorm:
+    dtype = jnp.dtype(config.dtype)
+    return RMSNorm(features, dtype=dtype, rngs=rngs, epsilon=config.norm_epsilon)
+
+
 class GatedMlp(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202) with a norm before the down projection."""
+    """SwiGLU (Shazeer, arXiv 2002.05202), with or without a norm before the down projection."""
 
     def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
         shared: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
@@ -127,7 +151,7 @@ class GatedMlp(nnx.Module):
         self.gate_up = qat.nnx.LinearGeneral(
             width, (2, gated), policy=rules.policy_for(f"{path}/gate_up"), **shared
         )
-        self.norm = RMSNorm(gated, dtype=shared["dtype"], rngs=rngs)
+        self.norm = _norm(gated, config, rngs) if config.sub_norms else None
         self.down = qat.nnx.Linear(gated, width, policy=rules.policy_for(f"{path}/down"), **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -135,26 +159,28 @@ class GatedMlp(nnx.Module):
         gate_up_BT2F = constrain(self.gate_up(x_BTD), "batch", None, None, "mlp")
         gate_BT1F, up_BT1F = jnp.split(gate_up_BT2F, 2, axis=2)
         hidden_BTF = (jax.nn.silu(gate_BT1F) * up_BT1F)[..., 0, :]
-        return self.down(self.norm(hidden_BTF))
+        return self.down(hidden_BTF if self.norm is None else self.norm(hidden_BTF))
 
 
 class Block(nnx.Module):
     """Attention and gated layer, each on the normed residual stream."""
 
     def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        self.attention_norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.attention_norm = _norm(config.width, config, rngs)
         self.attention = Attention(
             config.width,
             config.heads,
             config.kv_heads,
+            config.channels,
             config.score_scale,
-            dtype,
+            config.sub_norms,
+            config.norm_epsilon,
+            jnp.dtype(config.dtype),
             rules,
             f"{path}/attention",
             rngs,
         )
-        self.mlp_norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.mlp_norm = _norm(config.width, config, rngs)
         self.mlp = GatedMlp(config, rules, f"{path}/mlp", rngs)
         self.scale = config.residual_scale
 
@@ -197,7 +223,7 @@ class Transformer(nnx.Module):
             return Block(config, rules, "blocks", rngs)
 
         self.blocks = stacked_blocks(rngs)
-        self.norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config.width, config, rngs)
         self.head = qat.nnx.Linear(
             config.width,
             config.vocabulary,
@@ -226,8 +252,7 @@ class Transformer(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` sequences of at most `length` tokens."""
         config = self.config
-        channels = config.width // config.heads
-        shape = (config.layers, batch, length, config.kv_heads, channels)
+        shape = (config.layers, batch, length, config.kv_heads, config.channels)
         zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
         return Cache(zeros, zeros)
 
@@ -237,8 +262,7 @@ class Transformer(nnx.Module):
 
     def positions(self, start: Int[Array, ""], tokens: int, longest: int) -> Positions:
         """Those of `tokens` from `start` on, in sequences of at most `longest`."""
-        channels = self.config.width // self.config.heads
-        return Positions.of(start, tokens, longest, channels, self.config.rope_base)
+        return Positions.of(start, tokens, longest, self.config.channels, self.config.rope_base)
 
     def _run(
         self, tokens_BT: Array, position: Array, cache: Cache | None

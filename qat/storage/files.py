@@ -210,9 +210,12 @@ def _text_checksum(content: dict[str, Any]) -> int:
 
 
 def _restored_array(name: str, entry: dict[str, Any], stored: Arrays) -> Any:
-    """An array as it was; JAX's where JAX has its dtype."""
+    """An array as it was; JAX's where JAX has its dtype.
+
+    It leaves `stored`, lest a large tree be in memory twice.
+    """
     dtype, shape = jnp.dtype(entry["dtype"]), tuple(entry["shape"])
-    array = stored[name] if math.prod(shape) else np.zeros(shape, dtype)
+    array = stored.pop(name) if math.prod(shape) else np.zeros(shape, dtype)
     if dtype.name not in _PLAIN:
         array = array.view(dtype).reshape(shape)
     if _entry(array) != entry:

@@ -3,6 +3,10 @@
 What is kept of a learned encoding is the byte string of every id, in the order in which pairs were
 merged, and the pattern that cuts text into words. From these two `tiktoken` makes the same ids as
 `tokenizers` several times faster; decoding needs neither library.
+
+Some encodings have no id for bytes that their corpus never had, such as control characters. As in
+`tokenizers`, such bytes are left out; but here what stood on both sides of one in a word does not
+merge, so the same text may become other ids.
 """
 
 import base64
@@ -21,6 +25,11 @@ from jaxtyping import Integer, UInt
 # How GPT-2 cuts text into words: contractions, letters, digits and signs each with one space
 # before them, and runs of white space.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# The same where every digit is a word of its own, without the space before it.
+WORDS_AND_DIGITS = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+)
+_BYTES = [bytes([value]) for value in range(256)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,8 @@ class BytePairs:
     def encode(self, text: str) -> UInt[np.ndarray, " N"]:
         """Ids of a text, of the smallest unsigned type that holds them all."""
         ids_N: UInt[np.ndarray, " N"] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        if self._without_id:
+            ids_N = ids_N[ids_N < len(self.tokens)]
         return ids_N.astype(np.min_scalar_type(len(self.tokens) - 1))
 
     def decode(self, tokens_N: Integer[np.ndarray, " N"]) -> str:
@@ -76,13 +87,21 @@ class BytePairs:
         return cls(value["name"], tokens, value["words"], value["separator"])
 
     @functools.cached_property
+    def _without_id(self) -> list[bytes]:
+        """Bytes that are no token."""
+        tokens = set(self.tokens)
+        return [byte for byte in _BYTES if byte not in tokens]
+
+    @functools.cached_property
     def _encoding(self) -> Any:
+        """Bytes without an id get one behind all others."""
         import tiktoken
 
+        tokens = enumerate([*self.tokens, *self._without_id])
         return tiktoken.Encoding(
             self.name,
             pat_str=self.words,
-            mergeable_ranks={token: i for i, token in enumerate(self.tokens) if token},
+            mergeable_ranks={token: i for i, token in tokens if token},
             special_tokens={},
         )
 

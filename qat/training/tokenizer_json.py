@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat.training.byte_pairs import WORDS, BytePairs, bytes_of
+from qat.training.byte_pairs import WORDS, WORDS_AND_DIGITS, BytePairs, bytes_of
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_NEEDED = {bytes([value]) for value in (*b"\t\n", *range(0x20, 0x7F))}
 
 
 def read(path: Path, name: str) -> BytePairs:
@@ -39,10 +40,11 @@ def read(path: Path, name: str) -> BytePairs:
             f"tokenizer {name!r} is not byte-level byte-pair encoding: {error}"
         ) from None
     base = {i for i, token in enumerate(tokens) if len(token) == 1}
-    if merged != sorted(merged) or len(base) != 256 or base | set(merged) != set(ids.values()):
+    ordered = merged == sorted(merged) and base | set(merged) == set(ids.values())
+    if not ordered or not set(tokens) >= _NEEDED:
         raise ValueError(
-            f"tokenizer {name!r}: expected ids for all 256 bytes, and one further id for every "
-            "merge, in the order of the merges"
+            f"tokenizer {name!r}: expected ids for all bytes of ASCII text, and one further id for "
+            "every merge, in the order of the merges"
         )
     ends = [i for name in _SEPARATORS for i, content in special.items() if content == name]
     if not ends:
@@ -59,6 +61,8 @@ def _why_not(parts: dict[str, Any]) -> str:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             return f"{key} {model[key]!r}"
+    if model.get("unk_token") and len([t for t in model["vocab"] if len(t) == 1]) < 256:
+        return f"unk_token {model['unk_token']!r} and no ids for some bytes"
     if parts["normalizer"]:
         return f"a normalizer, {parts['normalizer'].get('type')}"
     if plain := [each["content"] for each in parts["added_tokens"] if not each["special"]]:
@@ -71,6 +75,14 @@ def _words(pre_tokenizer: Any) -> str:
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return WORDS
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            ],
+        }:
+            return WORDS_AND_DIGITS
         case {
             "type": "Sequence",
             "pretokenizers": [

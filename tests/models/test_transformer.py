@@ -11,6 +11,7 @@ from flax import nnx
 
 import qat.nnx
 from models.attention import Positions, attend, rotate
+from models.norm import RMSNorm
 from models.transformer import Transformer, TransformerConfig, split
 from qat.policy import Policy, Rules
 from qat.quantizer import Quantizer
@@ -30,6 +31,9 @@ def per_token(weights, activations, kv_cache):
 
 UNQUANTIZED = per_token("none", "none", "none")
 W4A8KV4 = per_token("int4", "int8", "int4")
+LLAMA = dataclasses.replace(
+    CONFIG, width=20, head_width=6, mlp_width=28, sub_norms=False, norm_epsilon=0.1
+)
 
 
 def build(policy, config=CONFIG):
@@ -126,9 +130,13 @@ def test_the_whole_model_equals_numpy_in_float64(unquantized):
     np.testing.assert_allclose(unquantized[0], logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [UNQUANTIZED, W4A8KV4], ids=["unquantized", "w4a8kv4"])
-def test_decoding_with_the_cache_equals_the_full_forward_pass(policy):
-    graph, params, rest = build(policy)
+@pytest.mark.parametrize(
+    ("policy", "config"),
+    [(UNQUANTIZED, CONFIG), (W4A8KV4, CONFIG), (W4A8KV4, LLAMA)],
+    ids=["unquantized", "w4a8kv4", "llama"],
+)
+def test_decoding_with_the_cache_equals_the_full_forward_pass(policy, config):
+    graph, params, rest = build(policy, config)
     expected = forward(graph, params, rest, TOKENS_BT)
     model = nnx.merge(graph, params, rest)
     cache, prompt = model.empty_cache(batch=2, length=8), 3
@@ -213,6 +221,7 @@ def test_what_is_quantized(policy, layers):
         CONFIG,
         TransformerConfig(),
         TransformerConfig(vocabulary=100, width=48, layers=3, heads=6, kv_heads=1, mlp_width=72),
+        LLAMA,
     ],
 )
 def test_params_count_everything_but_embedding_and_head(config):
@@ -225,6 +234,18 @@ def test_the_gated_layer_is_about_eight_thirds_wide():
     assert TransformerConfig(width=128).gated_width == 344  # 341.3, rounded up to 8
     assert TransformerConfig(width=48).gated_width == 128
     assert TransformerConfig(width=48, mlp_width=100).gated_width == 100
+
+
+def test_a_norm_and_its_gradient_are_of_its_epsilon():
+    x_MD = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
+    norm = RMSNorm(5, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0), epsilon=0.5)
+
+    def plain(x_MD):
+        return x_MD / jnp.sqrt((x_MD**2).mean(axis=1, keepdims=True) + 0.5)
+
+    np.testing.assert_allclose(norm(x_MD), plain(x_MD), rtol=1e-6)
+    of_norm, of_plain = (jax.grad(lambda x, f=f: (f(x) ** 3).sum())(x_MD) for f in (norm, plain))
+    np.testing.assert_allclose(of_norm, of_plain, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_computes_narrow_and_returns_float32_logits():
@@ -281,6 +302,9 @@ def test_rematerialisation_keeps_less_for_the_backward_pass():
         ),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"width": 12}, "width / heads = 3: rotary positions need an even number"),
+        ({"head_width": 3}, "head_width = 3: rotary positions need an even number"),
+        ({"head_width": -2}, "head_width = -2: expected at least 0"),
+        ({"norm_epsilon": -1e-6}, "norm_epsilon = -1e-06: expected at least 0"),
     ],
 )
 def test_a_shape_that_does_not_divide_is_an_error(changes, message):
