@@ -188,6 +188,8 @@ class Lab:
         loss, loss_se = mean_and_standard_error(losses)
         schedule = schedule or experiment.schedule
         tokens = experiment.tokens_of(schedule)
+        status = status if status != "ok" or np.isfinite(loss) else "diverged"
+        delta = 0.0 if status == "ok" else float("nan")  # of nothing rounded to itself
         return Row(
             run_id=self.run_id(experiment, schedule),
             params=model.params,
@@ -202,11 +204,13 @@ class Lab:
             eval_set=f"{config['data']['source']}/validation",
             loss=loss,
             loss_se=loss_se,
+            ptq_delta=delta,
+            ptq_delta_se=delta,
             seed=config["seed"],
             learning_rate=config["learning_rate"],
             schedule=config["schedule"]["name"],
             flops=experiment.train_flops(tokens),
-            status=status if status != "ok" or np.isfinite(loss) else "diverged",
+            status=status,
             wall_s=wall_s,
             data_fingerprint=self.dataset(experiment).fingerprint,
             config_hash=experiment.config_hash,

@@ -16,8 +16,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -32,7 +33,14 @@ STOPPED = 130  # what a shell reports for Ctrl-C
 
 _OF_WRITING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNKNOWN_KEY = re.compile(r"'(\w+)'(?:\nDid you mean \"(\w+)\".*)?")
+_LEAVING = {signal.SIGTERM: ("preempted", PREEMPTED), signal.SIGINT: ("stopped", STOPPED)}
+_REFUSED_FLAG = re.compile(r"flag --(\w+)=(.*?): .*", re.DOTALL)
+_KINDS = {flags.IntegerParser: "a whole number", flags.FloatParser: "a number"}
 _SHOW_CURSOR = b"\x1b[?25h"  # which progress bars hide
+
+
+class StoppedError(Exception):
+    """SIGTERM or Ctrl-C came, and what was to be saved is."""
 
 
 def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -> None:
@@ -42,14 +50,43 @@ def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -
         main: takes the arguments that are not flags; returns the exit code, None for 0.
         required: flags that must be given.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: _leave("preempted", PREEMPTED))
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(number))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-        signal.signal(signal.SIGINT, lambda number, frame: _leave("stopped", STOPPED))
+        signal.signal(signal.SIGINT, lambda number, frame: _leave(number))
     logging.set_verbosity(logging.FATAL)  # errors are raised, and told in one line
     cpu.keep_freed_memory()
     app.run(
         lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse_flags(argv, required)
     )
+
+
+@contextlib.contextmanager
+def stopping(ask: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C ask the program to end by itself; a second time they end it.
+
+    Args:
+        ask: called amid anything in the main thread, so it may only leave a message.
+
+    Raises:
+        StoppedError: at the end of the context, if one came.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if heard:
+            _leave(number)
+        heard.append(number)
+        ask()
+
+    numbers = [each for each in _LEAVING if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if heard:
+        raise StoppedError(heard[0])
 
 
 def read_config(name: str = "config") -> dict[str, Any]:
@@ -72,6 +109,8 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int | 
         _fail(f"unexpected argument {argv[1]!r}: this program takes --flags only")
     try:
         return main(argv)
+    except StoppedError as stopped:
+        _leave(stopped.args[0])
     except OSError as error:
         _fail(_told(error))
     except ValueError as error:
@@ -86,11 +125,14 @@ def _told(error: OSError) -> str:
     return f"cannot {'write' if error.errno in _OF_WRITING else 'use'} {path}: {error.strerror}"
 
 
-def _leave(word: str, code: int) -> NoReturn:
-    """Ends at once, wherever the program is: whatever it was writing appears whole or not at all.
+def _leave(number: int) -> NoReturn:
+    """Ends at once by a signal, wherever the program is.
+
+    Whatever it was writing appears whole or not at all.
 
     An exception instead could be lost in code that imports or calls back.
     """
+    word, code = _LEAVING[signal.Signals(number)]
     with contextlib.suppress(RuntimeError):  # the signal came amid a print
         sys.stdout.flush()
     if sys.stdout.isatty():
@@ -103,7 +145,7 @@ def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:
     try:
         rest: list[str] = flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(str(error))
+        _fail(_refused_flag(str(error)))
     except OSError:
         _fail(_unreadable(_config_of(argv)))
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
@@ -113,6 +155,22 @@ def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:
         if flags.FLAGS[name].value is None:
             _fail(f"--{name} is required")
     return rest
+
+
+def _refused_flag(message: str) -> str:
+    """What absl says of a flag's value, with what was expected and the nearest."""
+    found = _REFUSED_FLAG.fullmatch(message)
+    if found is None:
+        return message
+    from qat.spelling import expected_instead, expected_one_of  # takes JAX along
+
+    name, value = found.groups()
+    parser = flags.FLAGS[name].parser
+    if isinstance(parser, flags.EnumParser):
+        return expected_one_of(f"--{name}", value, parser.enum_values)
+    if "invalid literal" in message or "could not convert" in message:
+        return expected_instead(f"--{name}", _KINDS[type(parser)], value)
+    return message
 
 
 def _refused(error: Exception) -> str:

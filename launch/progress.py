@@ -38,6 +38,7 @@ class Meter:
         self._title, self._total, self._unit = title, total, unit
         self._done = self._before = 0.0
         self._start = self._last_line = time.monotonic()
+        self._complete = False
         self._lock = threading.Lock()
         self._first: tuple[float, float] | None = None  # when, and how much was done by then
         self._bar: Progress | None = None
@@ -87,7 +88,8 @@ class Meter:
             now = time.monotonic()
             if self._first is None:
                 self._first = (now, self._done - self._before)
-            if now - self._last_line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
+            before, self._complete = self._complete, self._done >= self._total * (1 - 1e-9)
+            if now - self._last_line >= _SECONDS_BETWEEN_LINES or before < self._complete:
                 self._last_line = now
                 parts = [f"{self._done:.0f}/{self._total:.0f} {self._unit}"]
                 parts += [f"{now - self._start:.0f} s", *self._time_left(now), note]
@@ -99,7 +101,7 @@ class Meter:
         assert self._first
         began, before = self._first
         left = self._total - self._done
-        if left <= 0:
+        if self._complete:
             return ["0 s left"]
         return [f"{(now - began) / (here - before) * left:.0f} s left"] if here > before else []
 

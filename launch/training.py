@@ -121,13 +121,18 @@ def take(lab: Lab, experiment: Experiment, workdir: Path, stack: contextlib.Exit
     Raises:
         ValueError: it belongs to another configuration, or a run is going on in it.
     """
-    owner = {**experiment.config, "data_fingerprint": lab.dataset(experiment).fingerprint}
-    agree(lambda: _take(workdir, owner, stack))
+    words = owner(lab, experiment)
+    agree(lambda: _take(workdir, words, stack))
 
 
-def _take(workdir: Path, owner: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
+def owner(lab: Lab, experiment: Experiment) -> dict[str, Any]:
+    """What a run writes into its workdir to claim it."""
+    return {**experiment.config, "data_fingerprint": lab.dataset(experiment).fingerprint}
+
+
+def _take(workdir: Path, words: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
     """Claims and locks, in the first process alone."""
-    claim(workdir, dict(owner))
+    claim(workdir, dict(words))
     lock = stack.enter_context((workdir / "lock").open("w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no kill can leave behind

@@ -3,9 +3,9 @@
     python -m launch.worker --workdir=runs/sweep --runs=0a1b2c3d4e5f,…
 
 `launch.sweep` starts workers and prints commands such as this one. With --runs=- the ids come on
-standard input, one a line; when it closes, the worker ends, even amid a run, since whoever asked
-for it is gone. What happens is told on standard output, one JSON object a line. Runs that are
-finished are skipped, others go on where they were.
+standard input, one a line; when it closes, the worker ends, and where it is amid a run it saves
+first, since whoever asked for it is gone. What happens is told on standard output, one JSON object
+a line. Runs that are finished are skipped, others go on where they were.
 
 Ids joined by + train together, as lanes of one program, if they were not begun; nothing is saved
 before their end, so that killed lanes start again from the beginning.
@@ -14,11 +14,8 @@ Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 pr
 run the same command again.
 """
 
-import os
-import queue
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -48,15 +45,15 @@ def main(argv: list[str]) -> int:
 
     if jax.default_backend() != "cpu":
         cpu.stay_on(before)
-    from launch.sweeps.working import Worker, tell
+    from launch.sweeps.working import Worker, asked, tell
     from qat.training.processes import PreemptedError
 
     if _CACHE_DIR.value is not None:
         cpu.keep_compiled(_CACHE_DIR.value)
     worker = Worker(Path(str(_WORKDIR.value)), Path(_DATA_DIR.value), _CHECKPOINT_EVERY.value)
-    tell("ready", platform=jax.default_backend())
+    tell("ready", platform=jax.default_backend(), devices=jax.device_count())
     try:
-        for lanes in _asked() if _RUNS.value == "-" else _named(_RUNS.value):
+        for lanes in asked(sys.stdin) if _RUNS.value == "-" else _named(_RUNS.value):
             worker.work(lanes.split("+"))
     except PreemptedError as stopped:
         print(f"preempted, {stopped}", file=sys.stderr, flush=True)
@@ -66,26 +63,6 @@ def main(argv: list[str]) -> int:
 
 def _named(runs: str) -> Iterable[str]:
     return [lanes for lanes in runs.split(",") if lanes]
-
-
-def _asked() -> Iterator[str]:
-    """Ids as they come; ends the process if standard input closes while it works."""
-    lines: queue.Queue[str] = queue.Queue()
-    idle = threading.Event()
-    idle.set()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            lines.put(line.strip())
-        if not idle.is_set():
-            os._exit(PREEMPTED)  # files appear whole or not at all
-        lines.put("")
-
-    threading.Thread(target=listen, daemon=True).start()
-    while lanes := lines.get():
-        idle.clear()
-        yield lanes
-        idle.set()
 
 
 if __name__ == "__main__":

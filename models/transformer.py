@@ -92,16 +92,14 @@ class TransformerConfig:
         for name, options in (("dtype", _DTYPES), ("remat", tuple(_REMAT))):
             if getattr(self, name) not in options:
                 raise ValueError(expected_one_of(name, getattr(self, name), options))
-        divided = [("heads", "kv_heads"), *([] if self.head_width else [("width", "heads")])]
-        for whole, part in divided:
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} = {getattr(self, whole)} is not a multiple of "
-                    f"{part} = {getattr(self, part)}"
-                )
-        if self.channels % 2:
-            name = "head_width" if self.head_width else "width / heads"
-            raise ValueError(f"{name} = {self.channels}: rotary positions need an even number")
+        if not self.head_width:
+            _check_multiple("width", self.width, "heads", self.heads, 2)
+        elif self.head_width % 2:
+            raise ValueError(
+                f"head_width = {self.head_width}: rotary positions need an even number; "
+                f"nearest is {self.head_width + 1}"
+            )
+        _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
 
     @property
     def channels(self) -> int:
@@ -135,6 +133,20 @@ class TransformerConfig:
         sub_norms = self.attention_width + self.gated_width if self.sub_norms else 0
         norms = self.layers * (2 * self.width + sub_norms) + self.width
         return self.kernel_params + norms
+
+
+def _check_multiple(whole: str, size: int, part: str, count: int, each: int = 1) -> None:
+    """Raises ValueError unless `size` is `count` times a multiple of `each`."""
+    if size % (count * each) == 0:
+        return
+    reason = f"{whole} = {size} is not a multiple of {part} = {count}"
+    if size % count == 0:
+        reason = f"{whole} / {part} = {size // count}: rotary positions need an even number"
+    step = count * each
+    near = [f"{whole} = {step * max(1, round(size / step))}"]
+    if divisors := [n for n in range(1, size + 1) if size % (n * each) == 0]:
+        near.append(f"{part} = {min(divisors, key=lambda n: abs(n - count))}")
+    raise ValueError(f"{reason}; nearest is {' or '.join(near)}")
 
 
 def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> RMSNorm:

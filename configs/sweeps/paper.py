@@ -1,8 +1,8 @@
 """A sweep of the shape of Kumar et al.'s, *Scaling Laws for Precision* (arXiv 2411.04330).
 
 Command: python -m launch.sweep --sweep=configs/sweeps/paper.py --workdir=runs/paper
-Cost: 465 runs of 4 shapes, 4,681,488 million tokens, 4.6e21 FLOPs, 16027 device-hours of TPU v5e
-at an assumed 40% of its bfloat16 peak; 2354 roundings.
+Cost: 465 runs of 4 shapes, 4,681,488 million tokens, 4.6e21 FLOPs, 16082 device-hours of TPU v5e
+at an assumed 40% of its bfloat16 peak, evaluations included; 2354 roundings.
 Expected: not measured by anybody with this code. The paper fits its law to 465 runs with an R² of
 0.97 for rounding after training; configs/paper.py says how the set-up differs.
 

@@ -18,7 +18,7 @@ from launch import cpu, timing
 from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.progress import Meter
-from launch.sweeps.driving import load
+from launch.sweeps.loading import load
 from launch.sweeps.plan import Plan
 from qat.training.results import rows_of
 

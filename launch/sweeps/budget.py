@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from launch.experiment import Experiment
 from launch.sweeps.calibration import Calibration, step_flops
 from launch.sweeps.rounding import narrower
-from qat.quantizer import Quantizer
 from qat.spelling import expected_one_of
 from qat.training import devices
 
@@ -65,9 +64,9 @@ class ShapeBudget:
         ptq_evaluations: of models quantized after training.
         programs: train step and evaluations to compile.
         compiles: how often they are compiled in all workers together.
-        seconds_here: of all its runs and compiles one after another on one worker of this machine;
-            None without a calibration.
-        longest_here: seconds of its longest run, compiling included; None without a calibration.
+        worker_s: seconds of all its runs and compiles one after another on one worker of this
+            machine; None without a calibration.
+        longest_s: seconds of its longest run there, compiling included; None without a calibration.
     """
 
     params: int
@@ -80,8 +79,8 @@ class ShapeBudget:
     ptq_evaluations: int
     programs: int
     compiles: int
-    seconds_here: float | None
-    longest_here: float | None
+    worker_s: float | None
+    longest_s: float | None
 
     @property
     def rows(self) -> int:
@@ -120,14 +119,14 @@ class Budget:
 
     @property
     def hours_here(self) -> float | None:
-        """On this machine, if runs go to workers as these become free; None is not calibrated.
+        """Of all workers of this machine, to which runs go as these become free; None is unknown.
 
         It is no less than the longest run takes, and no less than every worker's share.
         """
         if self.calibration is None:
             return None
-        spent = sum(shape.seconds_here or 0.0 for shape in self.shapes)
-        longest = max(shape.longest_here or 0.0 for shape in self.shapes)
+        spent = sum(shape.worker_s or 0.0 for shape in self.shapes)
+        longest = max(shape.longest_s or 0.0 for shape in self.shapes)
         workers = min(self.workers, self.total("runs"))
         return (self.calibration.import_s + max(spent / workers, longest)) / _HOUR
 
@@ -186,9 +185,11 @@ def prices_of(words: Sequence[str]) -> dict[str, float]:
     Raises:
         ValueError: not an accelerator, a colon and a number.
     """
-    prices = {}
+    prices: dict[str, float] = {}
     for word in words:
         name, _, price = word.partition(":")
+        if name in prices:
+            raise ValueError(f"price {word!r}: {name} has one already, {prices[name]:g}")
         try:
             prices[name] = float(price)
         except ValueError:
@@ -206,17 +207,35 @@ def peak_of(accelerator: str) -> float:
     return found
 
 
+def trained_tokens(experiment: Experiment) -> int:
+    """Those of the steps that are taken: the run's, and what its branches add."""
+    steps = experiment.schedule.total_steps
+    added = sum(each.total_steps - each.cooldown_start for each in experiment.branches)
+    return experiment.tokens // steps * (steps + added)
+
+
+def evaluations(experiment: Experiment, ptq: Ptq) -> tuple[int, int]:
+    """How often a run is evaluated as trained, and quantized: at every budget, and on its way."""
+    formats = narrower(experiment.policy, tuple(ptq.formats))
+    quantizers, budgets = len(ptq.methods) * len(formats), len(experiment.branches) + 1
+    steps = experiment.schedule.total_steps
+    on_the_way = {max(1, round(share * steps)) for share in ptq.at if share < 1}
+    looks = len(on_the_way) if quantizers else 0
+    ends = budgets if 1.0 in ptq.at else 0
+    return budgets + looks, quantizers * (ends + looks)
+
+
 def _shape(
     runs: Sequence[Experiment], workers: int, ptq: Ptq, calibration: Calibration | None
 ) -> ShapeBudget:
     """The budget of runs of one shape."""
     first = runs[0]
-    tokens = [_tokens(each) for each in runs]
-    counts = [_evaluations(each, ptq) for each in runs]
-    programs = 1 + _evaluation_programs(first, ptq)
+    tokens = [trained_tokens(each) for each in runs]
+    counts = [evaluations(each, ptq) for each in runs]
+    programs = 1 + _evaluation_programs(runs, ptq)
     eval_flops = first.config["evaluation_batches"] * step_flops(first) // 3  # forward alone
     compiling_workers = min(workers, len(runs))
-    longest_here = seconds_here = None
+    longest_s = worker_s = None
     if calibration is not None:
         rate = calibration.rate(step_flops(first))
         compile_s = calibration.compile_s(step_flops(first))
@@ -225,8 +244,8 @@ def _shape(
             (first.train_flops(trained) + eval_flops * sum(count)) / rate
             for trained, count in zip(tokens, counts, strict=True)
         ]
-        longest_here = compile_s + max(seconds)
-        seconds_here = compile_s * compiling_workers + sum(seconds)
+        longest_s = compile_s + max(seconds)
+        worker_s = compile_s * compiling_workers + sum(seconds)
     plain, quantized = map(sum, zip(*counts, strict=True))
     return ShapeBudget(
         params=first.model.params,
@@ -239,34 +258,20 @@ def _shape(
         ptq_evaluations=quantized,
         programs=programs,
         compiles=programs * compiling_workers,
-        seconds_here=seconds_here,
-        longest_here=longest_here,
+        worker_s=worker_s,
+        longest_s=longest_s,
     )
 
 
-def _tokens(experiment: Experiment) -> int:
-    """Those of the steps that are taken: the run's, and what its branches add."""
-    steps = experiment.schedule.total_steps
-    added = sum(each.total_steps - each.cooldown_start for each in experiment.branches)
-    return experiment.tokens // steps * (steps + added)
-
-
-def _evaluations(experiment: Experiment, ptq: Ptq) -> tuple[int, int]:
-    """How often a run is evaluated as trained, and quantized: at every budget, and on its way."""
-    formats = narrower(experiment.policy, tuple(ptq.formats))
-    quantizers, budgets = len(ptq.methods) * len(formats), len(experiment.branches) + 1
-    steps = experiment.schedule.total_steps
-    on_the_way = {max(1, round(share * steps)) for share in ptq.at if share < 1}
-    looks = len(on_the_way) if quantizers else 0
-    ends = budgets if 1.0 in ptq.at else 0
-    return budgets + looks, quantizers * (ends + looks)
-
-
-def _evaluation_programs(experiment: Experiment, ptq: Ptq) -> int:
-    """Evaluations to compile: one for each structure, as trained and quantized."""
-    policy, formats = experiment.policy, ptq.formats if ptq.methods else ()
-    quantized = [dataclasses.replace(policy, weights=Quantizer.parse(each)) for each in formats]
-    return len({each.structure for each in (policy, *quantized)})
+def _evaluation_programs(runs: Sequence[Experiment], ptq: Ptq) -> int:
+    """Evaluations of a shape to compile: one for each structure, as trained and quantized."""
+    policies = {each.config["policy"]: each.policy for each in runs}
+    formats = tuple(ptq.formats) if ptq.methods else ()
+    structures = {each.structure for each in policies.values()}
+    for policy in policies.values():
+        for weights in narrower(policy, formats):
+            structures.add(dataclasses.replace(policy, weights=weights).structure)
+    return len(structures)
 
 
 def _check(experiments: Sequence[Experiment], workers: int, chips: int, utilisation: float) -> None:

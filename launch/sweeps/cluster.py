@@ -5,6 +5,7 @@ submits what is then still missing.
 """
 
 import dataclasses
+import difflib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,25 +60,36 @@ def alive(folder: Path) -> slurm.Jobs | None:
 def resources_of(words: Sequence[str], at_once: int) -> slurm.Resources:
     """Reads resources as a flag gives them, such as ["partition=gpu", "minutes=240"].
 
-    Names that `slurm.Resources` does not have are options of sbatch.
+    Names that `slurm.Resources` does not have are options of sbatch, which may be written with
+    their dashes, and have to be where they look like one of ours.
 
     Raises:
-        ValueError: not a name and a value, or a value out of range.
+        ValueError: not a name and a value, a name that is nearly ours, or a value out of range.
     """
     fields: dict[str, Any] = {"at_once": at_once or None}
-    known = {field.name: field for field in dataclasses.fields(slurm.Resources)}
+    known = {f.name: f for f in dataclasses.fields(slurm.Resources) if f.name != "extra"}
     extra: dict[str, str | int] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or not value:
+        if not name.strip("-") or not equals or not value:
             raise ValueError(f"--slurm={word}: expected a name and a value, such as minutes=240")
-        if name not in known or name == "extra":
+        if name.startswith("--"):
+            extra[name.removeprefix("--")] = value
+        elif name not in known:
+            if near := difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.8):
+                raise ValueError(
+                    f"--slurm={word}: there is no {name!r}; nearest is {near[0]!r}; an option of "
+                    f"sbatch is written --slurm=--{word}"
+                )
             extra[name] = value
         elif known[name].type is int:
             fields[name] = int(value) if value.isdecimal() else value
         else:
             fields[name] = value
-    return slurm.Resources(**fields, extra=extra)
+    try:
+        return slurm.Resources(**fields, extra=extra)
+    except ValueError as error:
+        raise ValueError(f"--slurm: {error}") from None
 
 
 def _note(statuses: Sequence[slurm.Status]) -> str:

@@ -1,36 +1,40 @@
 """What `launch.sweep` does: plan, skip what is finished, run the rest, merge all rows."""
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import pandas as pd
 
-from launch.experiment import Experiment
 from launch.lab import Lab
-from launch.main import DIVERGED, PREEMPTED
-from launch.progress import Meter
-from launch.runner import ROWS, Runner, Saving
-from launch.sweeps import cluster, lanes, local
+from launch.main import DIVERGED, PREEMPTED, stopping
+from launch.sweeps import cluster, failures, lanes, local
 from launch.sweeps.commands import Job, deal, worker_command
+from launch.sweeps.following import Following
+from launch.sweeps.gathering import (
+    ends,
+    finished,
+    forget,
+    ids_of,
+    is_left,
+    merge,
+    of_plan,
+    read_earlier,
+    runner,
+    set_damaged_aside,
+)
+from launch.sweeps.loading import load
 from launch.sweeps.plan import Plan, structures
-from launch.sweeps.rounding import FOLDER, UNFINISHED, Rounding
-from launch.sweeps.working import WATCHING, fail
-from qat.sweep import Sweep, slurm
-from qat.sweep.table import collect, finished, write
-from qat.training.checkpoint import DAMAGED
-from qat.training.files import naming
-from qat.training.results import rows_of, write_rows
+from qat.sweep import slurm
+from qat.training.files import PARTIAL
 
 _CACHE = "compiled"
+_MOST_TOLD = 3  # failures of earlier visits, or of other machines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,69 +62,71 @@ def run(path: Path, options: Options) -> int:
     Raises:
         ValueError: bad input, before anything is written.
         OSError: a file cannot be read or written.
+        StoppedError: by SIGTERM or Ctrl-C, once workers on this machine have saved.
     """
     sweep = load(path)
+    table, lines = read_earlier(options.have)
     lab = Lab(options.data_dir, devices=jax.devices()[:1])
     plan = Plan.of(sweep, lab)
-    for line in structures(list(plan.runs.values())):
+    for line in (*lines, *structures(list(plan.runs.values()))):
         options.say(line)
-    earlier = _earlier(lab, plan, options)
+    earlier = of_plan(table, lab, plan, options.retry)
     with _owned(plan, options.workdir):
         plan.write(options.workdir)
-        _set_damaged_aside(plan, options.workdir)
-        _forget(plan, options.workdir, options.retry)
-        had = finished(earlier, {"ok", "diverged", "failed"})
-        missing = [
-            run_id
-            for run_id, experiment in plan.runs.items()
-            if not _ids(lab, experiment) <= had and _is_left(lab, plan, options.workdir, run_id)
-        ]
+        set_damaged_aside(lab, plan, options.workdir)
+        forget(plan, options.workdir, options.retry)
+        missing = _missing(lab, plan, options, earlier)
         options.say(f"{len(plan.runs) - len(missing)} of {len(plan.runs)} runs are done already")
-        if late := sum(
-            bool(_runner(lab, plan, options.workdir, each).too_late()) for each in plan.runs
-        ):
-            options.say(f"ptq_at: {late} runs are beyond shares asked for later, left out of them")
+        _tell_of_roundings(lab, plan, options, earlier, missing)
         try:
             if missing:
                 _EXECUTORS[options.executor](lab, plan, missing, options)
         finally:
-            table = _merge(plan, options, earlier)
-    return _summary(plan, table, options)
+            table, lines = merge(plan, options.workdir, earlier)
+            for line in lines:
+                options.say(line)
+        _tell_of_failures(plan, options, missing)
+        return _summary(lab, plan, table, options, left=_missing(lab, plan, options, earlier))
 
 
-def _earlier(lab: Lab, plan: Plan, options: Options) -> pd.DataFrame:
-    """Rows of this sweep's runs in earlier tables, without those to be tried again.
-
-    Raises:
-        OSError: a table cannot be read.
-    """
-    for path in options.have:
-        with naming(path):
-            path.open("rb").close()
-    found = collect(options.have)
-    for line in found.left_out:
-        options.say(f"left out of --have: {line}")
-    table = found.table
-    ids = {run_id for each in plan.runs.values() for run_id in _ids(lab, each)}
-    again = set(table.loc[table["status"].isin(list(options.retry)), "run_id"])
-    return table[table["run_id"].isin(ids - again)]
+def _missing(lab: Lab, plan: Plan, options: Options, earlier: pd.DataFrame) -> list[str]:
+    """Runs that lack a row which can still be had, in the order of the grid."""
+    had = finished(lab, plan, earlier)
+    return [each for each in plan.runs if each not in had and _left(lab, plan, options, each)]
 
 
-def load(path: Path) -> Sweep:
-    """The sweep of a Python file.
+def _left(lab: Lab, plan: Plan, options: Options, run_id: str) -> bool:
+    return is_left(lab, plan, options.workdir, run_id)
 
-    Raises:
-        ValueError: there is no such file, or no `get_sweep()` in it that returns one.
-    """
-    spec = importlib.util.spec_from_file_location("sweep_file", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"--sweep={path}: expected a Python file with get_sweep()")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sweep = module.get_sweep() if hasattr(module, "get_sweep") else None
-    if not isinstance(sweep, Sweep):
-        raise ValueError(f"--sweep={path}: expected a function get_sweep() -> qat.sweep.Sweep")
-    return sweep
+
+def _tell_of_roundings(
+    lab: Lab, plan: Plan, options: Options, earlier: pd.DataFrame, missing: Sequence[str]
+) -> None:
+    """Says which roundings cannot be had, and what others cost."""
+    late = [run_id for run_id in plan.runs if runner(lab, plan, options.workdir, run_id).too_late()]
+    if late:
+        options.say(f"ptq_at: {len(late)} runs are beyond shares asked for later, left out of them")
+    own = set(earlier.loc[earlier["ptq_method"] == "none", "run_id"])
+    again = [
+        run_id
+        for run_id in missing
+        if ids_of(lab, plan.runs[run_id]) <= own and not _is_begun(plan, options, run_id)
+    ]
+    if again:
+        options.say(f"--have: {len(again)} runs lack roundings there and are trained again")
+
+
+def _tell_of_failures(plan: Plan, options: Options, missing: Sequence[str]) -> None:
+    """Says why runs failed, but for those of which it has been said in this visit."""
+    told = set(missing) if options.executor == "local" else set[str]()
+    folders = {each: plan.folder(options.workdir, each) for each in plan.runs if each not in told}
+    failed = [each for each, folder in folders.items() if (folder / failures.FILE).exists()]
+    for run_id in failed[:_MOST_TOLD]:
+        options.say(f"{plan.told(run_id)}: failed: {failures.reason(folders[run_id])}")
+
+
+def _is_begun(plan: Plan, options: Options, run_id: str) -> bool:
+    return plan.folder(options.workdir, run_id).exists()
 
 
 @contextlib.contextmanager
@@ -130,15 +136,7 @@ def _owned(plan: Plan, workdir: Path) -> Iterator[None]:
     Raises:
         ValueError: it holds something else, or runs that are not in the plan, or is in use.
     """
-    if workdir.exists() and any(workdir.iterdir()) and not (workdir / "plan.json").exists():
-        raise ValueError(f"workdir {workdir} is not empty and no sweep made it; choose another")
-    if (workdir / "plan.json").exists():
-        others = sorted(set(Plan.read(workdir).runs) - set(plan.runs))
-        if others:
-            raise ValueError(
-                f"workdir {workdir} belongs to another sweep: this one lacks {len(others)} of its "
-                f"runs, such as {others[0]}; choose another workdir, or add to the grid"
-            )
+    _check_ours(plan, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("w") as lock:
         try:
@@ -147,45 +145,23 @@ def _owned(plan: Plan, workdir: Path) -> Iterator[None]:
             raise ValueError(f"workdir {workdir} is in use: the sweep is going on in it") from None
         except OSError:  # file systems without locks
             pass
+        _check_ours(plan, workdir)  # another driver may have been faster
         yield
 
 
-def _ids(lab: Lab, experiment: Experiment) -> set[str]:
-    """Of all budgets of a run."""
-    budgets = (*experiment.branches, experiment.schedule)
-    return {lab.run_id(experiment, schedule) for schedule in budgets}
-
-
-def _is_left(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> bool:
-    """Whether a run has anything left to do."""
-    return bool(_runner(lab, plan, workdir, run_id).milestones())
-
-
-def _runner(lab: Lab, plan: Plan, workdir: Path, run_id: str) -> Runner:
-    """What knows of a run's files."""
-    experiment, folder = plan.runs[run_id], plan.folder(workdir, run_id)
-    looks = Rounding(lab, experiment, folder, plan.sweep)
-    return Runner(lab, experiment, folder, Saving(0, 1, 0), lambda: False, WATCHING, looks)
-
-
-def _set_damaged_aside(plan: Plan, workdir: Path) -> None:
-    """Renames files of rows that do not read, with a warning; their runs are evaluated again."""
-    for run_id in plan.runs:
-        folder = plan.folder(workdir, run_id)
-        for path in (folder / ROWS, folder / FOLDER / ROWS):
-            if path.exists() and (reasons := collect([path]).left_out):
-                path.replace(path.with_name(f"{path.name}{DAMAGED}"))
-                print(f"warning: {reasons[0]}; renamed to {path.name}{DAMAGED}", file=sys.stderr)
-
-
-def _forget(plan: Plan, workdir: Path, statuses: Collection[str]) -> None:
-    """Drops rows of these statuses, so that their runs are tried again."""
-    for run_id in plan.runs:
-        folder = plan.folder(workdir, run_id)
-        rows = rows_of(folder)
-        kept = [row for row in rows if row.status not in statuses]
-        if len(kept) < len(rows):
-            write_rows(folder / ROWS, kept)
+def _check_ours(plan: Plan, workdir: Path) -> None:
+    """Raises ValueError for a folder of something else; a driver may have died before its plan."""
+    if (workdir / "plan.json").exists():
+        others = sorted(set(Plan.read(workdir).runs) - set(plan.runs))
+        if others:
+            raise ValueError(
+                f"workdir {workdir} belongs to another sweep: this one lacks {len(others)} of its "
+                f"runs, such as {others[0]}; choose another workdir, or add to the grid"
+            )
+    elif workdir.exists() and any(
+        path.name != "lock" and path.suffix != PARTIAL for path in workdir.iterdir()
+    ):
+        raise ValueError(f"workdir {workdir} is not empty and no sweep made it; choose another")
 
 
 def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
@@ -194,29 +170,9 @@ def _run_here(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) ->
     pool = local.Pool(
         command, _jobs(plan, missing, options), options.workdir / "logs", options.workers
     )
-    counts: collections.Counter[str] = collections.Counter()
-    tokens = sum(plan.runs[run_id].tokens for run_id in missing) / 1e6
-    with Meter("Training", tokens, "million tokens") as meter:
-
-        def on_event(event: local.Event) -> None:
-            kind, run_id = event["event"], event["run"]
-            if kind == "skipped":
-                meter.skip(event["tokens"] / 1e6)
-            elif kind == "trained":
-                left = len(missing) - sum(counts.values())
-                note = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-                meter.advance(event["tokens"] / 1e6, f"{note or '0 done'}, {left} left")
-            elif kind == "done":
-                counts[event["status"]] += 1
-                if event["status"] != "ok":
-                    meter.say(f"run {run_id}: {event['status']}")
-            elif kind == "lost":
-                meter.say(f"run {run_id}: its worker died: {event['reason']}")
-                if event["given_up"]:
-                    counts["failed"] += 1
-                    fail(lab, plan, options.workdir, run_id, f"a worker died: {event['reason']}\n")
-
-        pool.run(on_event)
+    follow = Following(lab, plan, missing, options.workdir)
+    with stopping(pool.stop), follow.meter:
+        pool.run(follow)
 
 
 def _emit(lab: Lab, plan: Plan, missing: Sequence[str], options: Options) -> None:
@@ -247,7 +203,7 @@ def _run_on_cluster(lab: Lab, plan: Plan, missing: Sequence[str], options: Optio
     folder, left = options.workdir / "slurm", list(missing)
 
     def done() -> int:
-        left[:] = [each for each in left if _is_left(lab, plan, options.workdir, each)]
+        left[:] = [each for each in left if _left(lab, plan, options, each)]
         return len(missing) - len(left)
 
     if earlier := cluster.alive(folder):
@@ -266,33 +222,21 @@ def _on(options: Options, hand: Sequence[Job]) -> list[str]:
 _EXECUTORS = {"local": _run_here, "slurm": _run_on_cluster, "emit": _emit}
 
 
-def _merge(plan: Plan, options: Options, earlier: pd.DataFrame) -> pd.DataFrame:
-    """All rows of the sweep, on the disk and returned."""
-    files = [
-        path
-        for run_id in plan.runs
-        for folder in (plan.folder(options.workdir, run_id),)
-        for path in (folder / ROWS, folder / FOLDER / ROWS)
-        if path.exists()
-    ]
-    found = collect(files)
-    for line in found.left_out:
-        options.say(f"left out: {line}")
-    new = set(found.table["run_id"])
-    table = pd.concat([earlier[~earlier["run_id"].isin(new)], found.table], ignore_index=True)
-    write(table, options.workdir)
-    return table
-
-
-def _summary(plan: Plan, table: Any, options: Options) -> int:
+def _summary(
+    lab: Lab, plan: Plan, table: pd.DataFrame, options: Options, left: Sequence[str]
+) -> int:
     """Prints how the runs ended; returns the exit code."""
-    ends = table[(table["ptq_method"] == "none") & (table["status"] != UNFINISHED)]
-    counts = ends["status"].value_counts()
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    options.say(
-        f"{told or 'nothing'} of {len(plan.runs)} runs; {len(table)} rows in {options.workdir}"
-    )
-    if len(set(plan.runs) - set(ends["run_id"])) and options.executor != "emit":
+    counts = ends(lab, plan, table)
+    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    bad = sum((table["ptq_method"] != "none") & table["status"].isin(["failed", "diverged"]))
+    words = [
+        f"{told or '0 done'} of {len(plan.runs)} runs",
+        *([f"{bad} roundings failed"] if bad else []),
+        *([f"{len(left)} runs are left"] if left else []),
+        f"{len(table)} rows in {options.workdir}",
+    ]
+    options.say("; ".join(words))
+    if left and options.executor != "emit":
         print("preempted; the same command goes on from here", file=sys.stderr)
         return PREEMPTED
-    return 0 if set(counts.index) <= {"ok"} else DIVERGED
+    return DIVERGED if bad or set(counts) - {"ok"} else 0

@@ -3,8 +3,12 @@
 Without an accelerator there is a worker for every core, since small models gain more from running
 side by side than from sharing cores; with one there is a single worker, which has all devices. A
 worker gets runs of the shape it has compiled as long as there are any, the longest first. A worker
-that dies is replaced and its run tried again; a run that kills three workers is given up. Runs that
-are lanes of one program are one job, tried once more together and then each alone.
+that dies is replaced and its run tried again; a run that kills three workers is given up, and three
+workers in a row that die before they have one end the sweep. Runs that are lanes of one program are
+one job, tried once more together and then each alone.
+
+Workers are process groups of their own, which Ctrl-C does not reach: whoever is to stop the pool
+does so by `stop`, and workers then have a minute to save.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import json
 import queue
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +26,7 @@ from typing import Any
 from launch import cpu
 from launch.main import BAD_INPUT, PREEMPTED
 from launch.sweeps.commands import Job
+from launch.sweeps.working import LEAVING_S
 
 _ATTEMPTS = 3
 
@@ -30,7 +36,7 @@ Event = dict[str, Any]
 class _Process:
     """One worker process: what it is told, and a thread that hears it."""
 
-    def __init__(self, command: Sequence[str], core: int, log: Path, events: queue.Queue[Any]):
+    def __init__(self, command: Sequence[str], core: int, log: Path, events: "Events"):
         self.core = core
         self.job: Job | None = None
         self.left: list[str] = []  # runs of the job
@@ -44,15 +50,16 @@ class _Process:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                process_group=0,
             )
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
-    def _listen(self, events: queue.Queue[Any]) -> None:
+    def _listen(self, events: "Events") -> None:
         with self._popen as popen:
             assert popen.stdout
             for line in popen.stdout:
-                with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
-                    events.put((self, json.loads(line)))
+                if (event := _event_of(line)) is not None:
+                    events.put((self, event))
         events.put((self, {"event": "ended"}))
 
     def begin(self, job: Job) -> None:
@@ -74,6 +81,10 @@ class _Process:
         """Asks it to save and leave."""
         self._popen.terminate()
 
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._popen.kill()
+
     @property
     def exit_code(self) -> int:
         """Once it has ended."""
@@ -84,6 +95,9 @@ class _Process:
         said = self._log.read_bytes()[self._before :].decode(errors="replace")
         lines = said.strip().splitlines()
         return lines[-1] if lines else f"exit code {self.exit_code}"
+
+
+Events = queue.SimpleQueue[tuple[_Process | None, Event]]  # a signal handler may put into it
 
 
 class Pool:
@@ -99,43 +113,85 @@ class Pool:
     def __init__(self, command: Sequence[str], jobs: Sequence[Job], logs: Path, workers: int = 0):
         self._command, self._logs, self._most = list(command), logs, workers
         self._waiting = sorted(jobs, key=lambda job: -job.cost)
-        self._events: queue.Queue[tuple[_Process, Event]] = queue.Queue()
+        self._events: Events = queue.SimpleQueue()
         self._running: list[_Process] = []
         self._attempts: Counter[str] = Counter()
+        self._stillborn = 0  # workers in a row
+        self._stopping = False
+        self._deadline: float | None = None  # of workers that were told to stop
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, on_event: Callable[[Event], None]) -> None:
         """Does all jobs; returns when no worker is left.
 
         Args:
-            on_event: hears of everything: "trained", "skipped", "done" as workers tell it, and
-                "lost" (a run whose worker died; `given_up` says whether it is tried again).
+            on_event: hears of everything: "ready" (with how many `devices` a worker has),
+                "trained", "skipped", "done" as workers tell it; "lost" (a run whose worker died;
+                `given_up` says whether it is tried again); "left" (one whose worker was told to
+                leave); "stopping".
 
         Raises:
-            OSError: a worker could not read or write a file; the others were stopped.
+            OSError: a worker could not read or write a file, or none begins; the others were
+                stopped.
         """
         cores = cpu.cores()
         self._start(cores[0])
         try:
             while self._running:
-                process, event = self._events.get()
-                if event["event"] == "ready":
+                process, event = self._hear()
+                kind = event["event"]
+                if kind == "ready" and process:
+                    on_event(event)
+                    self._stillborn = 0
                     if len(self._running) == 1 and event["platform"] == "cpu":
                         self._start_others(cores)
                     self._next(process)
-                elif event["event"] == "done":
-                    process.left.remove(event["run"])
-                    on_event(event)
-                    if not process.left:
-                        process.job = None
-                        self._next(process)
-                elif event["event"] == "ended":
+                elif kind == "done" and process:
+                    self._done(process, event, on_event)
+                elif kind == "ended" and process:
                     self._bury(process, on_event)
+                elif kind == "overdue":
+                    self._end_all()
                 else:
+                    if kind == "stopping":
+                        self._ask_all()
                     on_event(event)
         finally:
             for process in self._running:
                 process.terminate()
+
+    def stop(self) -> None:
+        """Lets `run` return soon: workers save and leave, nothing is begun. For signal handlers."""
+        self._events.put((None, {"event": "stopping"}))
+
+    def _hear(self) -> tuple[_Process | None, Event]:
+        """The next event."""
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        try:
+            return self._events.get(timeout=left)
+        except queue.Empty:
+            return None, {"event": "overdue"}
+
+    def _ask_all(self) -> None:
+        """Asks all workers to leave."""
+        self._stopping, self._deadline = True, time.monotonic() + LEAVING_S
+        self._waiting.clear()
+        for process in self._running:
+            process.terminate()
+
+    def _end_all(self) -> None:
+        """Ends workers that were asked to leave and have not."""
+        self._deadline = None
+        for process in self._running:
+            process.kill()
+
+    def _done(self, process: _Process, event: Event, on_event: Callable[[Event], None]) -> None:
+        """Takes a run off a worker's list."""
+        process.left.remove(event["run"])
+        on_event(event)
+        if not process.left:
+            process.job = None
+            self._next(process)
 
     def _start(self, core: int) -> None:
         log = self._logs / f"worker{core}.txt"
@@ -163,20 +219,34 @@ class Pool:
         return not compiled, 0 if compiled else others, -job.cost
 
     def _bury(self, process: _Process, on_event: Callable[[Event], None]) -> None:
-        """Takes a worker that ended off the list; its job, if it had one, is tried again."""
+        """Takes a worker that ended off the list; its job, if it had one, is tried again.
+
+        Raises:
+            OSError: it had bad input, or is one of several that died before they began.
+        """
         self._running.remove(process)
         process.close()
-        job = process.job
-        if job is None and process.exit_code == 0:
-            return
-        if process.exit_code == BAD_INPUT:
+        code, job = process.exit_code, process.job
+        if code == BAD_INPUT:
             raise OSError(process.last_words().removeprefix("error: "))
-        if process.exit_code == PREEMPTED:
+        if self._stopping or (job is None and code == 0):
             return
-        if job is None:
-            raise OSError(f"a worker ended by itself: {process.last_words()}")
-        reason = process.last_words()
-        again = []
+        if code == PREEMPTED and job is not None:
+            for run in process.left:
+                on_event({"event": "left", "run": run})
+            self._waiting.append(dataclasses.replace(job, runs=tuple(process.left)))
+        elif job is not None:
+            self._try_again(job, process, on_event)
+        elif code != PREEMPTED:
+            self._stillborn += 1
+            if self._stillborn >= _ATTEMPTS:
+                raise OSError(f"a worker ended by itself: {process.last_words()}")
+        if self._waiting:
+            self._start(process.core)
+
+    def _try_again(self, job: Job, process: _Process, on_event: Callable[[Event], None]) -> None:
+        """Puts back what a worker died of, unless it died of it too often."""
+        again, reason = [], process.last_words()
         for run in process.left:
             self._attempts[run] += 1
             given_up = self._attempts[run] >= _ATTEMPTS
@@ -185,5 +255,12 @@ class Pool:
         together = all(self._attempts[run] < 2 for run in again)
         parts = [tuple(again)] if together else [(run,) for run in again]
         self._waiting += [dataclasses.replace(job, runs=part) for part in parts if part]
-        if self._waiting:
-            self._start(process.core)
+
+
+def _event_of(line: str) -> Event | None:
+    """What a worker tells; None for anything else that reached its output, or is torn by a kill."""
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None

@@ -13,8 +13,10 @@ from typing import Any
 
 from launch.experiment import Experiment
 from launch.lab import Lab
+from launch.sweeps.fitting import Fitting
 from qat.sweep import Overrides, Sweep, apply
 from qat.training.files import write_whole
+from qat.training.results import hash_of
 
 _FILE = "plan.json"
 _PTQ = ("ptq_methods", "ptq_formats", "ptq_at")
@@ -67,20 +69,47 @@ class Plan:
         """Of a run."""
         return workdir / "runs" / run_id
 
+    def told(self, run_id: str) -> str:
+        """A run by its id and what it overrides, in one line."""
+        overrides = self.sweep.grid[list(self.runs).index(run_id)]
+        return f"run {run_id} ({_told(overrides)})"
+
 
 def experiments(sweep: Sweep) -> list[Experiment]:
     """The experiments of a sweep, in the order of its grid.
 
     Raises:
-        ValueError: one cannot be; the message names what it overrides.
+        ValueError: one cannot be trained or rounded as it should, or is there twice; the message
+            names what it overrides.
     """
-    found = []
-    for overrides in sweep.grid:
+    found: list[Experiment] = []
+    fitting, first = Fitting(sweep.ptq_formats), dict[str, int]()
+    for number, overrides in enumerate(sweep.grid):
         try:
-            found.append(Experiment.from_config(apply(sweep.config, overrides)))
+            experiment = Experiment.from_config(apply(sweep.config, overrides))
+            fitting.check(experiment)
         except ValueError as error:
             raise ValueError(f"run {_told(overrides)}: {error}") from None
+        if (same := first.setdefault(_meaning(experiment), number)) != number:
+            raise ValueError(
+                f"runs {same + 1} and {number + 1} of the grid are the same: "
+                f"{_told(sweep.grid[same])}; {_told(overrides)}"
+            )
+        found.append(experiment)
     return found
+
+
+def _meaning(experiment: Experiment) -> str:
+    """Equal for runs that differ in nothing but how policy and numbers of tokens are spelled."""
+    tokens = [experiment.tokens_of(each) for each in experiment.branches]
+    return hash_of(
+        {
+            **experiment.config,
+            "policy": str(experiment.policy),
+            "tokens": experiment.tokens,
+            "schedule": {**experiment.config["schedule"], "branches": tokens},
+        }
+    )
 
 
 def structures(runs: Sequence[Experiment]) -> list[str]:

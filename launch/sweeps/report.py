@@ -33,7 +33,7 @@ def _totals(budget: Budget) -> list[str]:
 
 
 def _shapes(budget: Budget, most: int) -> list[str]:
-    head = ["policy structure", "params", "runs", "tokens", "FLOPs", "share", "hours here"]
+    head = ["policy structure", "params", "runs", "tokens", "FLOPs", "share", "hours, all workers"]
     listed, others = budget.shapes[:most], budget.shapes[most:]
     rows = [_row(budget, each.structure, f"{each.params:,}", [each]) for each in listed]
     if others:
@@ -46,7 +46,7 @@ def _row(
 ) -> list[str]:
     """A line about shapes; their hours are those with all workers at work."""
     flops = sum(each.flops for each in shapes)
-    seconds = sum(each.seconds_here or 0.0 for each in shapes)
+    seconds = sum(each.worker_s or 0.0 for each in shapes)
     share = flops / (budget.total("train_flops") + budget.total("eval_flops"))
     return [
         name,

@@ -6,16 +6,21 @@ one compiled program serves all formats of one structure. What else the run quan
 stays as it was. Differences are paired by sequence with the run's own loss.
 
 A run in low precision is rounded to fewer bits than it trained with, never to as many or more.
+
+A rounding that raises is a row of status "failed", with the reason beside the run's rows; the run
+and its other roundings are as they would have been.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.experiment import Experiment
 from launch.lab import Lab, LossesOfSequences
 from launch.runner import ROWS, Looks
+from launch.sweeps import failures
 from qat.policy import Policy
 from qat.quantizer import Quantizer
 from qat.sweep import Sweep
@@ -27,6 +32,8 @@ from qat.training.step import Params, mean_and_standard_error
 
 FOLDER = "ptq"
 UNFINISHED = "unfinished"
+
+Measurement = tuple[int, str, str]  # of a run: tokens, method and quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Rounding(Looks):
         if plain is None:
             plain = self.lab.evaluate(self.experiment, params, self.experiment.policy)
         row = self._row(schedule, step, plain)
-        rows = [self._rounded(row, *each, params, plain) for each in self._missing(schedule, step)]
+        rows = [self._attempt(row, *each, params, plain) for each in self._missing(schedule, step)]
         if is_first():
             moment = (row.run_id, row.tokens, row.ptq_method)
             done = [
@@ -72,8 +79,28 @@ class Rounding(Looks):
             before = [] if row.status == "ok" else [row]
             write_rows(self._folder / ROWS, [*done, *before, *rows])
 
+    def wanted(self, schedule: Schedule) -> set[Measurement]:
+        """What is to be measured of a budget that ends well, the trunk's on its way as well."""
+        trunk = schedule is self.experiment.schedule
+        steps = {*(self.steps(schedule) if trunk else ()), schedule.total_steps}
+        return {
+            (self.experiment.tokens_at(step), method, str(quantizer))
+            for step in steps
+            for method, quantizer in self._all(schedule, step)
+        }
+
+    def _all(self, schedule: Schedule, step: int) -> list[tuple[str, Quantizer]]:
+        """Methods and quantizers of a moment."""
+        if step == schedule.total_steps and 1 not in self.sweep.ptq_at:
+            return []
+        quantizers = narrower(self.experiment.policy, self.sweep.ptq_formats)
+        return [(method, each) for method in self.sweep.ptq_methods for each in quantizers]
+
     def _missing(self, schedule: Schedule, step: int) -> list[tuple[str, Quantizer]]:
         """Methods and quantizers that have no row of this moment yet."""
+        wanted = self._all(schedule, step)
+        if not wanted:
+            return []
         run_id = self.lab.run_id(self.experiment, schedule)
         tokens = self.experiment.tokens_at(step)
         there = {
@@ -81,13 +108,7 @@ class Rounding(Looks):
             for row in rows_of(self._folder)
             if row.run_id == run_id and row.tokens == tokens
         }
-        quantizers = narrower(self.experiment.policy, self.sweep.ptq_formats)
-        wanted = [(method, each) for method in self.sweep.ptq_methods for each in quantizers]
         return [(method, each) for method, each in wanted if (method, str(each)) not in there]
-
-    def _policy(self, quantizer: Quantizer) -> Policy:
-        """That of the run with other weights."""
-        return dataclasses.replace(self.experiment.policy, weights=quantizer)
 
     @property
     def _folder(self) -> Path:
@@ -102,25 +123,40 @@ class Rounding(Looks):
         tokens = self.experiment.tokens_at(step)
         return dataclasses.replace(row, tokens=tokens, flops=flops, status=UNFINISHED)
 
-    def _rounded(
+    def _attempt(
         self, row: Row, method: str, quantizer: Quantizer, params: Params, plain: LossesOfSequences
     ) -> Row:
-        """The row of one method and format."""
-        policy = self._policy(quantizer)
-        experiment = dataclasses.replace(self.experiment, policy=policy)
-        losses = self.lab.evaluate(experiment, params, policy)
-        loss, loss_se = mean_and_standard_error(losses)
-        delta, delta_se = mean_and_standard_error(losses - plain)
-        return dataclasses.replace(
+        """The row of one method and format, whether or not it can be evaluated."""
+        policy = dataclasses.replace(self.experiment.policy, weights=quantizer)
+        row = dataclasses.replace(
             row,
             ptq_method=method,
             ptq_bits=policy.bits("weights"),
             ptq_format=policy.format_name("weights"),
             ptq_quantizer=str(quantizer),
-            loss=loss,
-            loss_se=loss_se,
-            ptq_delta=delta,
-            ptq_delta_se=delta_se,
+        )
+        try:
+            return self._measured(row, policy, params, plain)
+        except OSError:
+            raise
+        except Exception as error:
+            if is_first():
+                what = f"{method} {quantizer} after {row.tokens} tokens"
+                failures.note(self.workdir, what, error)
+            nan = math.nan
+            return dataclasses.replace(
+                row, status="failed", loss=nan, loss_se=nan, ptq_delta=nan, ptq_delta_se=nan
+            )
+
+    def _measured(self, row: Row, policy: Policy, params: Params, plain: LossesOfSequences) -> Row:
+        """The row with the losses under a policy of other weights."""
+        experiment = dataclasses.replace(self.experiment, policy=policy)
+        losses = self.lab.evaluate(experiment, params, policy)
+        loss, loss_se = mean_and_standard_error(losses)
+        delta, delta_se = mean_and_standard_error(losses - plain)
+        status = row.status if math.isfinite(loss) else "diverged"
+        return dataclasses.replace(
+            row, status=status, loss=loss, loss_se=loss_se, ptq_delta=delta, ptq_delta_se=delta_se
         )
 
 

@@ -2,17 +2,25 @@
 
 A run that raises is a row too, of status "failed", with the reason in `error.txt` beside it; the
 worker goes on with the next. Only a file system that cannot be read or written stops it, because
-then no row could be written either.
+then no row could be written either, or a folder that belongs to another run.
+
+A folder may still be in use by a worker whose driver was killed: it saves and leaves, and is waited
+for.
 
 Runs that are asked for together begin as lanes of one program. Whatever they then lack is done one
 run after another.
 """
 
 import contextlib
+import functools
 import json
+import os
+import queue
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +29,19 @@ import numpy as np
 
 from launch import training
 from launch.lab import Lab
+from launch.main import PREEMPTED
 from launch.runner import ROWS, Runner, Saving, Watching
-from launch.sweeps import lanes
+from launch.sweeps import failures, lanes
 from launch.sweeps.plan import Plan
-from launch.sweeps.rounding import Rounding
+from launch.sweeps.rounding import FOLDER, Rounding
 from qat.spelling import expected_one_of
+from qat.training.checkpoint import claim
 from qat.training.processes import PreemptedError, Preemption, is_first
 from qat.training.results import rows_of, write_rows
 
+LEAVING_S = 60.0  # within which a worker that was told to leave has saved, or is ended
+
+_MOMENT_S = 2.0  # from telling that a run is done until asking for the next
 WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=False)
 
 
@@ -36,6 +49,28 @@ def tell(event: str, **fields: Any) -> None:
     """Prints what happened for whoever started the worker."""
     if is_first():
         print(json.dumps({"event": event, **fields}), flush=True)
+
+
+def asked(source: Iterable[str]) -> Iterator[str]:
+    """Lines as they come; where they end amid work, their sender is gone, and it is preempted."""
+    lines: queue.Queue[str] = queue.Queue()
+    idle = threading.Event()
+    idle.set()
+
+    def listen() -> None:
+        for line in source:
+            lines.put(line.strip())
+        lines.put("")
+        if not idle.wait(_MOMENT_S):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(LEAVING_S)
+            os._exit(PREEMPTED)  # files appear whole or not at all
+
+    threading.Thread(target=listen, daemon=True).start()
+    while line := lines.get():
+        idle.clear()
+        yield line
+        idle.set()
 
 
 class Told:
@@ -93,16 +128,16 @@ class Worker:
                 raise ValueError(expected_one_of("run", run_id, list(runs)))
         lanes.check([runs[run_id] for run_id in run_ids])
         if len(run_ids) > 1:
-            self._begin_together(run_ids)
+            _patiently(functools.partial(self._begin_together, run_ids))
         for run_id in run_ids:
-            self._finish(run_id)
+            _patiently(functools.partial(self._finish, run_id))
 
     def _begin_together(self, run_ids: Sequence[str]) -> None:
         """As lanes; an error of theirs says nothing of any single run."""
         try:
             with Preemption() as preempted, contextlib.ExitStack() as stack:
                 lanes.go_on([self._lane(run_id, preempted, stack) for run_id in run_ids])
-        except (OSError, PreemptedError):
+        except (OSError, PreemptedError, training.InUseError):
             raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -129,9 +164,10 @@ class Worker:
         except (OSError, PreemptedError, training.InUseError):
             raise
         except Exception as error:
-            reason = "".join(traceback.format_exception(error))
-            fail(self._lab, self._plan, self._workdir, run_id, reason)
-        statuses = {row.status for row in rows_of(folder)}
+            fail(self._lab, self._plan, self._workdir, run_id, error)
+        if not rows_of(folder):
+            fail(self._lab, self._plan, self._workdir, run_id, "it left no row")
+        statuses = {row.status for each in (folder, folder / FOLDER) for row in rows_of(each)}
         worst = next(each for each in ("failed", "diverged", "ok") if each in statuses)
         tell("done", run=run_id, status=worst)
 
@@ -151,8 +187,28 @@ class Worker:
             )
 
 
-def fail(lab: Lab, plan: Plan, workdir: Path, run_id: str, reason: str) -> None:
-    """Leaves a row for every budget of a run that has none, and the reason beside it."""
+def _patiently(act: Callable[[], None]) -> None:
+    """Acts, as soon as the folder of a run is free.
+
+    Raises:
+        InUseError: it stays in use for longer than a worker takes to leave.
+    """
+    deadline = time.monotonic() + LEAVING_S
+    while True:
+        try:
+            return act()
+        except training.InUseError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def fail(lab: Lab, plan: Plan, workdir: Path, run_id: str, error: BaseException | str) -> None:
+    """Leaves a row for every budget of a run that has none, and the reason beside it.
+
+    Raises:
+        ValueError: the folder belongs to another run; nothing is written then.
+    """
     experiment, folder = plan.runs[run_id], plan.folder(workdir, run_id)
     done = rows_of(folder)
     there = {row.run_id for row in done}
@@ -161,5 +217,6 @@ def fail(lab: Lab, plan: Plan, workdir: Path, run_id: str, reason: str) -> None:
     losses = np.array([np.nan])
     rows = [lab.row(experiment, "failed", 0.0, losses, each) for each in missing]
     if is_first():
+        claim(folder, training.owner(lab, experiment))
+        failures.note(folder, "training", error)
         write_rows(folder / ROWS, [*done, *rows])
-        (folder / "error.txt").write_text(reason)

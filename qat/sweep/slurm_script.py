@@ -66,9 +66,10 @@ class Resources:
             if not isinstance(value, int) or value < lowest:
                 raise ValueError(expected_instead(name, f"a whole number from {lowest} on", value))
         if self.minutes * 60 <= self.notice_s + _EARLY_S:
+            least_minutes = (self.notice_s + _EARLY_S) // 60 + 1
             raise ValueError(
-                f"minutes = {self.minutes} with notice_s = {self.notice_s}: expected more than "
-                f"{self.notice_s + _EARLY_S} s, or every visit would be told to leave at once"
+                f"minutes = {self.minutes}: expected at least {least_minutes} minutes with "
+                f"notice_s = {self.notice_s}, or every visit would be told to leave at once"
             )
         for name in self.extra:
             if name.startswith("-") or name.replace("_", "-") in _OURS:

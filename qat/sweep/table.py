@@ -14,7 +14,8 @@ for `run_id` is the hash of the whole config, with seed, budget and branch, and 
 that is evaluated on its way has rows of fewer tokens; and each model is evaluated as it is and
 after every method and quantizer. All other fields follow from these or are what was measured. Rows
 of one key that agree are one row; those that differ, even in the time a run took, are two
-measurements, and only the first by file name can stand in a table that has every run once.
+measurements, and only the first by file name can stand in a table that has every run once. But a
+result stands before an attempt that failed or diverged, wherever each was found.
 
 CSV has no types. Text is quoted, and cells are read as what the field is, so a hash of digits stays
 text and the format "none" a word; floats have the digits that give the same float back.
@@ -25,7 +26,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,6 +38,7 @@ from qat.training.results import Row
 
 KEY = ("run_id", "tokens", "eval_set", "ptq_method", "ptq_quantizer")
 STATUSES = ("ok", "diverged", "failed", "unfinished")
+RESULTS = ("ok", "unfinished")  # statuses of what was measured as it was meant
 
 _TYPES: dict[str, type] = get_type_hints(Row)
 _DTYPES = {int: "int64", float: "float64", str: "str"}
@@ -52,10 +54,14 @@ class Collected:
         table: one measurement a row; the fields of `Row` as columns, in order, as int64, float64
             and text. Ordered by file name, and as in the file.
         left_out: one line for each file or row that is not in the table: where, and why.
+        unreadable: those of these lines that are of whole files.
+        ignored: one line for each file with columns that no result row has.
     """
 
     table: pd.DataFrame
     left_out: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def collect(paths: Iterable[Path]) -> Collected:
@@ -66,22 +72,37 @@ def collect(paths: Iterable[Path]) -> Collected:
             left out like one that holds something else.
     """
     found: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
-    left_out: list[str] = []
+    left_out, unreadable, ignored = list[str](), list[str](), list[str]()
     for path in sorted(set(paths), key=str):
         try:
-            parse, raw_rows = _read(path)
+            file = _read(path)
         except (OSError, ValueError, csv.Error) as error:
-            left_out.append(f"{path}: {_one_line(error)}")
+            unreadable.append(f"{path}: {_one_line(error)}")
+            left_out.append(unreadable[-1])
             continue
-        for number, raw in enumerate(raw_rows, start=1):
+        if file.others:
+            ignored.append(
+                f"{path}: columns that result rows lack: {', '.join(map(repr, file.others))}"
+            )
+        for number, raw in enumerate(file.rows, start=1):
             place = f"{path}, row {number}"
             try:
-                row = _checked(parse(raw))
-                first, kept = found.setdefault(tuple(row[name] for name in KEY), (place, row))
-                _check_same(row, kept, first)
+                _add(found, place, _checked(file.parse(raw)))
             except (ValueError, RecursionError) as error:
                 left_out.append(f"{place}: {_one_line(error)}")
-    return Collected(_frame([row for _, row in found.values()]), tuple(left_out))
+    table = _frame([row for _, row in found.values()])
+    return Collected(table, tuple(left_out), tuple(unreadable), tuple(ignored))
+
+
+def union(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of several tables of `collect`: of one key a result if there is one, else the first.
+
+    Ordered by table, and as in the table.
+    """
+    rows = pd.concat(tables, ignore_index=True)
+    results_first = (~rows["status"].isin(RESULTS)).sort_values(kind="stable").index
+    kept = rows.loc[results_first].drop_duplicates(list(KEY))
+    return kept.sort_index().reset_index(drop=True)
 
 
 def write(table: pd.DataFrame, workdir: Path) -> None:
@@ -103,55 +124,99 @@ def write(table: pd.DataFrame, workdir: Path) -> None:
     write_whole(workdir / "rows.parquet", table.to_parquet(index=False))
 
 
-def finished(table: pd.DataFrame, statuses: Collection[str]) -> set[str]:
-    """Ids of the runs whose own row, not one after quantization, has one of these statuses.
+def measured(table: pd.DataFrame) -> dict[str, dict[tuple[int, str, str], str]]:
+    """By run id, the status of each of its rows by tokens, method and quantizer."""
+    found: dict[str, dict[tuple[int, str, str], str]] = {}
+    columns = ("run_id", "tokens", "ptq_method", "ptq_quantizer", "status")
+    for run_id, *key, status in zip(*(table[name].tolist() for name in columns), strict=True):
+        found.setdefault(run_id, {})[key[0], key[1], key[2]] = status
+    return found
 
-    Raises:
-        ValueError: no run can have such a status.
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file of rows.
+
+    Attributes:
+        rows: as they lie there.
+        parse: makes a dict of one.
+        others: columns that result rows do not have.
     """
-    for status in statuses:
-        if status not in STATUSES:
-            raise ValueError(expected_one_of("status", status, STATUSES))
-    own = (table["ptq_method"] == "none") & table["status"].isin(list(statuses))
-    return set(table.loc[own, "run_id"])
+
+    rows: Sequence[Any]
+    parse: Callable[[Any], Any]
+    others: tuple[str, ...] = ()
 
 
-Parse = Callable[[Any], Any]
-
-
-def _read(path: Path) -> tuple[Parse, list[Any]]:
-    """The rows of a file as they lie there, and what makes dicts of them.
+def _read(path: Path) -> _File:
+    """The rows of a file.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no table of result rows.
     """
     if path.suffix not in _READERS:
-        raise ValueError(expected_one_of("kind of file", path.suffix, _READERS))
+        *most, last = _READERS
+        raise ValueError(
+            f"unknown kind of file {path.suffix!r}: expected {', '.join(most)} or {last}"
+        )
     return _READERS[path.suffix](path.read_bytes())
 
 
-def _read_json_lines(content: bytes) -> tuple[Parse, list[Any]]:
-    return _from_json, content.splitlines()
+def _read_json_lines(content: bytes) -> _File:
+    return _File(content.splitlines(), _from_json)
 
 
-def _read_csv(content: bytes) -> tuple[Parse, list[Any]]:
+def _read_csv(content: bytes) -> _File:
     header, *rows = list(csv.reader(io.StringIO(content.decode(), newline=""))) or [[]]
-    _check_fields(header)
-    return lambda cells: _from_cells(header, cells), rows
+    others = _other_columns(header)
+    return _File(rows, lambda cells: _without(others, _from_cells(header, cells)), others)
 
 
-def _read_parquet(content: bytes) -> tuple[Parse, list[Any]]:
+def _read_parquet(content: bytes) -> _File:
     table = pd.read_parquet(io.BytesIO(content))
-    _check_fields(list(table.columns))
-    return lambda row: row, table.to_dict("records")
+    others = _other_columns(list(table.columns))
+    return _File(table.to_dict("records"), lambda row: _without(others, row), others)
 
 
-_READERS: dict[str, Callable[[bytes], tuple[Parse, list[Any]]]] = {
+_READERS: dict[str, Callable[[bytes], _File]] = {
     ".jsonl": _read_json_lines,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def _add(
+    found: dict[tuple[Any, ...], tuple[str, dict[str, Any]]], place: str, row: dict[str, Any]
+) -> None:
+    """Adds a row, unless its key has one that stands before it.
+
+    Raises:
+        ValueError: both are results, or neither, and they differ.
+    """
+    key = tuple(row[name] for name in KEY)
+    first, kept = found.setdefault(key, (place, row))
+    if row["status"] in RESULTS and kept["status"] not in RESULTS:
+        found[key] = place, row
+    elif (row["status"] in RESULTS) == (kept["status"] in RESULTS):
+        _check_same(row, kept, first)
+
+
+def _other_columns(names: list[str]) -> tuple[str, ...]:
+    """Columns of a table that result rows do not have.
+
+    Raises:
+        ValueError: one that they have is missing, or there twice.
+    """
+    others = tuple(name for name in names if name not in _TYPES)
+    if set(_TYPES) <= set(names):
+        names = [name for name in names if name in _TYPES]
+    _check_fields(names)
+    return others
+
+
+def _without(others: Collection[str], row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in others}
 
 
 def _from_json(line: bytes) -> Any:

@@ -45,14 +45,15 @@ class Row:
         eval_set: what was evaluated on.
         loss: nats per token; NaN if diverged.
         loss_se: its standard error over sequences, nats per token.
-        ptq_delta: loss minus that of the same model unquantized, nats per token.
+        ptq_delta: loss minus that of the same model unquantized, nats per token; NaN if diverged.
         ptq_delta_se: standard error of that difference, paired by sequence.
         seed: of initialisation and data order.
         learning_rate: peak.
         schedule: name.
         flops: of training.
         status: "ok", "diverged", "failed", or "unfinished" of a run that was still going on.
-        wall_s: training time of the process that finished the run, seconds.
+        wall_s: training time of the process that finished the run, seconds; where it was the first
+            of its shape there, with compiling.
         data_fingerprint: of the corpus.
         config_hash: of the resolved config alone.
         versions: of the packages that matter.

@@ -130,9 +130,11 @@ def _warmup_steps(fraction: float, total_steps: int) -> int:
 
 def _check(peak: float, budgets: Sequence[int], **fractions: float) -> None:
     """Raises ValueError for what no schedule can have."""
-    if not budgets or not 0 < peak < float("inf") or min(budgets) < 1:
+    if not 0 < peak < float("inf"):
+        raise ValueError(f"learning rate {peak}: expected a finite number above 0, such as 0.003")
+    if not budgets or min(budgets) < 1:
         steps = ", ".join(map(str, budgets)) or "none"
-        raise ValueError(f"learning rate {peak} and total_steps {steps} must both be positive")
+        raise ValueError(f"total_steps {steps}: expected at least 1")
     for name, value in fractions.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} {value} is not between 0 and 1")

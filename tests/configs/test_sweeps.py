@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch.experiment import Experiment
+from launch.sweeps.budget import Ptq, estimate
 from models.task import matrix_params
 from qat.policy import Policy
 from qat.quantizer import Quantizer
-from qat.training.devices import peak
 from qat.training.flops import train_flops
 
 FILES = Path(importlib.import_module("configs.sweeps").__file__).parent.glob("*.py")
@@ -116,8 +116,8 @@ def test_the_papers_sweep_has_its_sizes_budgets_and_precisions():
         for run in runs
     )
     assert stated(r"tokens, (\S+) FLOPs", text) == pytest.approx(flops, rel=0.02)
-    hours = flops / (0.4 * peak("TPU v5e", "bfloat16")) / 3600
-    assert stated(r"(\d+) device-hours", text) == pytest.approx(hours, rel=0.001)
+    budget = estimate(runs, 1, ptq=Ptq(sweep.ptq_methods, sweep.ptq_formats, sweep.ptq_at))
+    assert stated(r"(\d+) device-hours", text) == pytest.approx(budget.chip_hours["v5e"], rel=1e-4)
 
 
 def test_the_factorial_has_every_combination_with_every_seed():

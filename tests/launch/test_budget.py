@@ -100,6 +100,15 @@ def test_formats_of_another_structure_are_compiled():
     assert estimate([run()], 1, ptq=without_method).total("rows") == 1
 
 
+def test_structures_of_all_runs_are_compiled_but_not_what_none_is_rounded_to():
+    def programs(runs, *formats):
+        return estimate(runs, 1, ptq=Ptq(("rtn",), formats)).total("programs")
+
+    assert programs([run(policy="w2")], "int4/block:4", "int3/block:4") == 2  # no fewer bits
+    assert programs([run(policy="w2"), run(policy="w5")], "int4/block:4", "int3/block:4") == 3
+    assert programs([run(policy="w5"), run(policy="w2")], "int4/block:4") == 3
+
+
 def test_hours_here_share_runs_among_workers():
     runs = [run(seed=seed) for seed in range(6)]
     per_run_s = (20 * STEP + 4 * STEP // 3) / 1e9
@@ -194,6 +203,8 @@ def test_prices_are_read_from_a_flag():
     for word in ("v5e", "v5e:", "v5e=1", "v5e:cheap"):
         with pytest.raises(ValueError, match=r"such as 'v5e:1\.2'"):
             prices_of([word])
+    with pytest.raises(ValueError, match=r"'v5e:2': v5e has one already, 1\.2"):
+        prices_of(["v5e:1.2", "v5e:2"])
     with pytest.raises(ValueError, match="nearest is 'H100'"):
         prices_of(["h1000:3"])
 

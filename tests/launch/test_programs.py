@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,37 @@ def test_processes_that_cannot_meet_end_with_one_line(arguments, message, tmp_pa
     (line,) = result.stderr.splitlines()
     assert message in line
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--workers=x", "--workers: expected a whole number, got 'x'"),
+        ("--workers=-1", "flag --workers=-1: -1 is not a non-negative integer"),
+        ("--share=much", "--share: expected a number, got 'much'"),
+        ("--executor=lcal", "unknown --executor 'lcal': .*; nearest is 'local'"),
+        ("--retry=failled", "unknown --retry 'failled': .*; nearest is 'failed'"),
+        ("--wokers=1", "Unknown command line flag 'wokers'. Did you mean: workers"),
+    ],
+)
+def test_a_value_that_no_flag_has_is_named_with_what_was_expected(
+    argument, message, monkeypatch, capsys
+):
+    values = flags.FlagValues()
+    flags.DEFINE_integer("workers", 0, "", 0, flag_values=values)
+    flags.DEFINE_float("share", 0.0, "", flag_values=values)
+    flags.DEFINE_enum("executor", "local", ["local", "slurm"], "", flag_values=values)
+    flags.DEFINE_multi_enum("retry", [], ["failed"], "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit, match="2"):
+        main._parse_flags(["program", argument], ())
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+def test_flags_of_a_sweep_that_nothing_would_heed_are_refused():
+    result = run("launch.sweep", "--sweep=x.py", "--workdir=never", "--slurm=minutes=30")
+    expected = "--slurm=minutes=30 with --executor=local: expected --executor=slurm beside it"
+    assert (result.returncode, result.stderr) == (2, f"error: {expected}\n")
 
 
 def test_help_names_the_exit_codes_and_is_quick_to_say():

@@ -18,6 +18,15 @@ def test_plain_lines_have_the_note(monkeypatch, capsys):
     assert second == "Training: 4/4 steps, 0 s, 0 s left, 21 ms/step"
 
 
+def test_the_end_is_said_once(monkeypatch, capsys):
+    with Meter("Training", 0.3, "steps") as meter:
+        for _ in range(3):
+            meter.advance(0.1)
+        meter.advance(0.0)
+        meter.advance(5.0)
+    assert capsys.readouterr().out.count("0 s left") == 1
+
+
 def test_what_came_before_the_first_work_says_nothing_of_the_time_left(monkeypatch, capsys):
     seconds = iter([0.0, 30.0, 32.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))

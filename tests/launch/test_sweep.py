@@ -1,8 +1,10 @@
 """A sweep from its file to its table: undisturbed, killed, damaged, failed, and refused."""
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +12,19 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pandas as pd
 import pytest
 
 from launch import runner
 from launch.lab import Lab
-from launch.sweeps import driving
+from launch.sweeps import driving, gathering, rounding, working
+from launch.sweeps.following import Following, unit_of
 from launch.sweeps.plan import Plan
 from launch.sweeps.working import Worker
 from launch.timing import counting_compiles
 from qat.sweep.table import collect
+from qat.training.results import write_rows
 
 ROOT = Path(__file__).parents[2]
 SWEEP = """
@@ -163,7 +168,8 @@ def children(parent):
 
 
 def test_a_worker_compiles_once_for_all_precisions_of_a_shape(sweep_file, data_dir, tmp_path):
-    worker = worker_of(sweep_file(), data_dir, tmp_path)
+    lab = Lab(data_dir, devices=jax.devices()[:1])
+    worker = worker_of(sweep_file(), lab, tmp_path)
     with counting_compiles() as compiled:
         for run_id in worker.runs:
             worker.work([run_id])
@@ -171,19 +177,25 @@ def test_a_worker_compiles_once_for_all_precisions_of_a_shape(sweep_file, data_d
     assert compiled["eval_step"] == 1
 
 
-def worker_of(path, data_dir, workdir):
+@pytest.fixture(scope="module")
+def lab(data_dir):
+    """What the workers of all tests have compiled."""
+    return Lab(data_dir, devices=jax.devices()[:1])
+
+
+def worker_of(path, lab, workdir):
     """A worker in this process, on one device, with a list of its runs."""
-    plan = Plan.of(driving.load(path), Lab(data_dir))
+    plan = Plan.of(driving.load(path), lab)
     plan.write(workdir)
-    worker = Worker(workdir, data_dir, 0, devices=jax.devices()[:1])
-    worker.runs = list(plan.runs)
+    worker = Worker(workdir, Path(), 0)
+    worker._lab, worker.runs = lab, list(plan.runs)
     return worker
 
 
 def test_a_run_that_raises_is_a_failed_row_and_tried_again_when_asked(
-    sweep_file, data_dir, tmp_path, monkeypatch, capsys
+    sweep_file, lab, data_dir, tmp_path, monkeypatch, capsys
 ):
-    worker = worker_of(sweep_file(("none",)), data_dir, tmp_path)
+    worker = worker_of(sweep_file(("none",)), lab, tmp_path)
     train = runner.Runner._trunk
     monkeypatch.setattr(runner.Runner, "_trunk", lambda run, stop: 1 // 0)
     worker.work([worker.runs[0]])
@@ -222,6 +234,15 @@ def test_runs_of_an_earlier_table_are_not_run_again(undisturbed, sweep_file, dat
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        (
+            "def get_sweep",
+            "1 / 0\n\n\ndef get_sweep",
+            "bad.py:6: ZeroDivisionError: division by zero",
+        ),
+        ("from configs", "from confgs", "bad.py:2: ModuleNotFoundError: No module named 'confgs'"),
+        ("def get_sweep", "def get sweep", "bad.py:6: SyntaxError: expected"),
+        ("config = ", "exit(3)\n    config = ", "expected a sweep, but it exits: 3"),
+        ("int3/channel", "int3/block:9", "int3/block:9 does not fit the weights of layer blocks/"),
         ("'kv3'", "'w9x'", "run tokens=1280, policy=w9x: unknown policy 'w9x'"),
         ("def get_sweep", "def get_swept", "expected a function get_sweep() -> qat.sweep.Sweep"),
         ("'kv3'", "'w2'", "of the grid are the same"),
@@ -235,6 +256,253 @@ def test_bad_sweeps_are_refused(sweep_file, data_dir, old, new, message, tmp_pat
     with pytest.raises(ValueError, match=re.escape(message)):
         driving.run(path, driving.Options(tmp_path / "run", data_dir))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_sweep_file_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "demo.py").touch()
+    with pytest.raises(ValueError, match=r"dmo\.py does not exist: .*nearest is '.*/demo\.py'"):
+        driving.load(tmp_path / "dmo.py")
+
+
+def collected(path, workdir, data_dir, **options):
+    """What the command that only collects returns, and the commands and words it prints."""
+    options = driving.Options(workdir, data_dir, executor="emit", **options)
+    return driving.run(path, options)
+
+
+def test_a_rounding_that_raises_is_a_failed_row_beside_the_others(
+    sweep_file, lab, data_dir, tmp_path, monkeypatch, capsys
+):
+    path = sweep_file(("none",))
+    worker = worker_of(path, lab, tmp_path)
+    measured = rounding.Rounding._measured
+
+    def broken(self, row, *arguments):
+        if row.ptq_quantizer == "int3/channel":
+            raise RuntimeError("no room\nfor it")
+        return measured(self, row, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounding.Rounding, "_measured", broken)
+        worker.work([worker.runs[0]])
+    assert '"status": "failed"' in capsys.readouterr().out
+    worker.work([worker.runs[1]])
+    assert collected(path, tmp_path, data_dir) == 3
+    told = capsys.readouterr().err
+    assert "2 of 2 runs are done already" in told
+    assert f"run {worker.runs[0]} (tokens=1280, policy=none): failed: rtn int3/channel" in told
+    assert (
+        f"RuntimeError: no room for it; see {tmp_path / 'runs' / worker.runs[0]}/error.txt" in told
+    )
+    assert "2 ok of 2 runs; 2 roundings failed; 12 rows" in told
+    table = table_of(tmp_path)
+    table = table[table.run_id == worker.runs[0]]
+    assert set(table[table.ptq_quantizer == "int3/channel"].status) == {"failed"}
+    assert table[table.status == "failed"][["loss", "ptq_delta"]].isna().all(axis=None)
+    assert set(table[table.ptq_quantizer == "int2/channel"].status) == {"ok", "unfinished"}
+
+    collected(path, tmp_path, data_dir, retry=frozenset({"failed"}))
+    assert "1 of 2 runs are done already" in capsys.readouterr().err
+    worker.work([worker.runs[0]])
+    assert collected(path, tmp_path, data_dir) == 0
+
+
+def test_runs_whose_roundings_an_earlier_table_lacks_are_not_finished(
+    undisturbed, sweep_file, data_dir, tmp_path, capsys
+):
+    table = pd.read_parquet(undisturbed / "rows.parquet")
+    table[table.ptq_method == "none"].to_csv(tmp_path / "plain.csv", index=False)
+    collected(sweep_file(), tmp_path / "new", data_dir, have=(tmp_path / "plain.csv",))
+    told = capsys.readouterr().err
+    assert "2 of 6 runs are done already" in told  # 2 bits are rounded to no fewer
+    assert "--have: 4 runs lack roundings there and are trained again" in told
+
+
+def test_a_result_of_an_earlier_table_stands_before_a_failure_here(
+    undisturbed, sweep_file, lab, data_dir, tmp_path
+):
+    worker = worker_of(sweep_file(), lab, tmp_path)
+    working.fail(worker._lab, worker._plan, tmp_path, worker.runs[0], "it broke")
+    table = undisturbed / "rows.parquet"
+    assert collected(sweep_file(), tmp_path, data_dir, have=(table,)) == 0
+    pd.testing.assert_frame_equal(table_of(tmp_path), table_of(undisturbed))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.py", b"", "unknown kind of file '.py': expected .jsonl, .csv or .parquet"),
+        ("rows.csv", b"", "field 'run_id' and 27 others missing"),
+        ("rows.csv", b"run_id,params\na,1\n", "field 'tokens' and 25 others missing"),
+        ("rows.jsonl", b"", "no row in it"),
+        ("rows.csv", b"\xff\xfe\0", "decode"),
+        ("rows.parquet", b"PAR1 and no end", "arquet"),
+    ],
+)
+def test_an_earlier_table_that_is_none_is_refused(
+    sweep_file, data_dir, tmp_path, name, content, message
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"--have: .*{re.escape(message)}"):
+        collected(sweep_file(), tmp_path / "run", data_dir, have=(tmp_path / name,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_of_an_earlier_table_are_one_line(undisturbed, tmp_path):
+    table = pd.read_parquet(undisturbed / "rows.parquet").astype({"loss": object})
+    table.loc[2:5, "loss"] = "much"
+    table.assign(note="mine").to_csv(tmp_path / "rows.csv", index=False)
+    rows, (extra, bad) = gathering.read_earlier([tmp_path / "rows.csv"])
+    assert len(rows) == len(table) - 4
+    assert extra.startswith("--have: ignored")
+    assert extra.endswith("'note'")
+    assert re.match("left out of --have: .*row 3: loss: expected a number.* and 3 others", bad)
+
+
+def test_a_driver_that_died_before_its_plan_leaves_a_folder_to_go_on_in(
+    sweep_file, data_dir, tmp_path
+):
+    (tmp_path / "lock").touch()
+    (tmp_path / "plan.json.17.partial").touch()
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is in use: the sweep is going on in it"):
+            collected(sweep_file(), tmp_path, data_dir)
+    assert collected(sweep_file(), tmp_path, data_dir) == 0
+
+
+def test_rows_of_another_run_are_set_aside(undisturbed, sweep_file, data_dir, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    first, second = sorted((tmp_path / "run" / "runs").glob("*/rows.jsonl"))[:2]
+    first.write_text(first.read_text() + second.read_text())
+    collected(sweep_file(), tmp_path / "run", data_dir)
+    told = capsys.readouterr()
+    assert f"{first}: a row of another run, {second.parent.name}; renamed to " in told.err
+    assert "5 of 6 runs are done already" in told.err
+    assert "5 ok of 6 runs; 1 runs are left" in told.err
+    assert first.parent.name in told.out
+
+
+def test_a_failure_is_never_written_into_the_folder_of_another_run(
+    sweep_file, lab, data_dir, tmp_path
+):
+    worker = worker_of(sweep_file(("none",)), lab, tmp_path)
+    folder = tmp_path / "runs" / worker.runs[0]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        worker.work([worker.runs[0]])
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+@pytest.fixture
+def branching(sweep_file, lab, data_dir, tmp_path):
+    """A plan of one run of two budgets, its worker, and the sweep's file."""
+    path = tmp_path / "branches.py"
+    text = sweep_file(("none",)).read_text().replace("(1280, 5120)", "(5120,)")
+    more = 'config.batch_size = 8\n    config.schedule.name = "wsd"'
+    more += "\n    config.schedule.branches = (1280,)"
+    path.write_text(text.replace("config.batch_size = 8", more))
+    return worker_of(path, lab, tmp_path / "run"), path
+
+
+def test_branches_are_one_run(branching, data_dir, tmp_path, capsys):
+    worker, path = branching
+    (run_id,) = worker.runs
+    experiment, folder = worker._plan.runs[run_id], tmp_path / "run" / "runs" / run_id
+    losses = np.array([1.0, 2.0])
+    branch = worker._lab.row(experiment, "ok", 1.0, losses, experiment.branches[0])
+    write_rows(folder / "rows.jsonl", [branch])
+    collected(path, tmp_path / "run", data_dir)
+    assert "0 done of 1 runs; 1 runs are left; 1 rows" in capsys.readouterr().err
+    write_rows(folder / "rows.jsonl", [branch, worker._lab.row(experiment, "ok", 1.0, losses)])
+    collected(path, tmp_path / "run", data_dir)
+    assert "1 ok of 1 runs; 1 runs are left; 2 rows" in capsys.readouterr().err  # roundings
+
+
+def test_progress_ends_at_all_of_it_and_never_beyond(branching, data_dir, tmp_path, capsys):
+    worker, path = branching
+    (run_id,), plan = worker.runs, Plan.of(driving.load(path), worker._lab)
+    follow = Following(worker._lab, plan, [run_id], tmp_path / "run")
+    trained = 5120 + 2 * 128  # a fifth of 10 steps is not the trunk's
+    roundings = 3 * 2 + 3  # at half the trunk and at both ends, beside the plain losses
+    assert follow.meter._total * follow._unit == pytest.approx(trained + roundings * 4 * 128 / 3)
+    shares = []
+
+    def tell(event, **fields):
+        follow({"event": event, "run": run_id, **fields})
+        shares.append(follow.meter._done / follow.meter._total)
+
+    tell("trained", tokens=4000.0)
+    tell("lost", given_up=False, reason="it hurts")
+    assert shares[-1] == 0
+    tell("skipped", tokens=2000.0)
+    for _ in range(40):
+        tell("trained", tokens=128.0)
+    assert max(shares) < 0.9
+    tell("done", status="ok")
+    assert shares[-1] == pytest.approx(1)
+    printed = capsys.readouterr().out
+    assert f"run {run_id} (tokens=5120, policy=none): its worker died: it hurts" in printed
+    assert printed.count("0 s left") == 1
+
+
+def test_a_failed_run_is_told_with_its_overrides_and_the_reason(
+    sweep_file, lab, data_dir, tmp_path, capsys
+):
+    path = sweep_file(("none",))
+    worker = worker_of(path, lab, tmp_path)
+    plan, (run_id, _) = Plan.of(driving.load(path), worker._lab), worker.runs
+    follow = Following(worker._lab, plan, worker.runs, tmp_path)
+    follow({"event": "lost", "run": run_id, "given_up": True, "reason": "it hurts"})
+    expected = f"run {run_id} (tokens=1280, policy=none): failed: training: a worker died: it hurts"
+    assert f"{expected}; see {tmp_path / 'runs' / run_id / 'error.txt'}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"run .* \(tokens=1280.*batch_size = 8 is not"):
+        follow({"event": "ready", "devices": 3})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "unit"),
+    [
+        (3e3, "tokens"),
+        (6e5, "thousand tokens"),
+        (6.1e7, "million tokens"),
+        (4e12, "billion tokens"),
+    ],
+)
+def test_progress_has_a_unit_that_fits(tokens, unit):
+    size, name = unit_of(tokens)
+    assert name == unit
+    assert 10 <= tokens / size < 1e4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_and_the_next_visit_goes_on(sweep_file, data_dir, tmp_path, number, code):
+    path, workdir = tmp_path / "long.py", tmp_path / "run"
+    text = sweep_file(("none",)).read_text()
+    path.write_text(text.replace("(1280, 5120)", "(1280000,)").replace("0.5, 1.0", "1.0,"))
+    program = subprocess.Popen(
+        command(path, workdir, data_dir),
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not any(path.stat().st_size > 500 for path in workdir.glob("runs/*/curve.csv")):
+        assert program.poll() is None
+        time.sleep(0.01)
+    os.killpg(program.pid, number)  # as a terminal does
+    assert program.communicate(timeout=120)[1].endswith("; the same command goes on from here\n")
+    assert program.returncode == code
+    assert (workdir / "rows.csv").exists()
+    (saved,) = (int(step.name) for step in workdir.glob("runs/*/checkpoints/[0-9]*"))
+    assert 0 < saved < 10_000
+    done = sweep(path, workdir, data_dir)
+    assert done.returncode == 0, done.stderr
+    (curve,) = workdir.glob("runs/*/curve.csv")
+    assert len(curve.read_text().splitlines()) == 10_001
 
 
 def test_the_folder_of_another_sweep_is_refused(undisturbed, sweep_file, data_dir, tmp_path):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from launch.sweeps.cluster import resources_of
 from qat.sweep import slurm
 
 
@@ -40,7 +41,7 @@ def jobs(tmp_path):
         ({"minutes": 1.5}, "minutes: expected a whole number from 1 on, got 1.5"),
         ({"gpus_per_node": -1}, "gpus_per_node: expected a whole number from 0 on, got -1"),
         ({"at_once": 0}, "at_once: expected a whole number from 1 on, got 0"),
-        ({"minutes": 3}, "minutes = 3 with notice_s = 120: expected more than 180 s"),
+        ({"minutes": 3}, "minutes = 3: expected at least 4 minutes with notice_s = 120"),
         ({"extra": {"--qos": "a"}}, "extra option '--qos': expected one of sbatch's without dash"),
         ({"extra": {"job_name": "a"}}, "extra option 'job_name': expected"),
     ],
@@ -48,6 +49,30 @@ def jobs(tmp_path):
 def test_resources_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
         slurm.Resources(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "minuts=3",
+            "'minuts'; nearest is 'minutes'; an option of sbatch is written --slurm=--min",
+        ),
+        ("ntasks-per-node=2", "nearest is 'tasks_per_node'"),
+        ("minutes", "expected a name and a value, such as minutes=240"),
+        ("minutes=3", "--slurm: minutes = 3: expected at least 4 minutes"),
+        ("minutes=soon", "--slurm: minutes: expected a whole number"),
+    ],
+)
+def test_a_flag_of_resources_that_cannot_be(word, message):
+    with pytest.raises(ValueError, match=message):
+        resources_of([word], 0)
+
+
+def test_options_of_sbatch_are_written_with_or_without_dashes():
+    found = resources_of(["minutes=30", "constraint=a100", "--ntasks-per-core=2"], 4)
+    extra = {"constraint": "a100", "ntasks-per-core": "2"}
+    assert found == slurm.Resources(minutes=30, at_once=4, extra=extra)
 
 
 @pytest.mark.parametrize("commands", [[], [["a"], []], [["a"], ["a"]]])

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qat.sweep import table as tables
-from qat.sweep.table import collect, finished, write
+from qat.sweep.table import collect, measured, union, write
 from qat.training.results import Row, write_rows
 from tests.rows import ROW as ANY_ROW
 
@@ -192,7 +193,7 @@ FOREIGN = {
     "empty.csv": (b"", "field 'run_id' and 27 others missing"),
     "binary.csv": (b"\xff\xfe", "decode"),
     "torn.parquet": (b"PAR1 and no end", "arquet"),
-    "row.txt": (b"", "unknown kind of file '.txt'.*nearest is"),
+    "row.txt": (b"", r"unknown kind of file '\.txt': expected \.jsonl, \.csv or \.parquet$"),
     "rows.csv.17.partial": (b"", "unknown kind of file '.partial'"),
 }
 
@@ -201,10 +202,12 @@ FOREIGN = {
 def test_a_foreign_file_is_named_once(tmp_path, name):
     content, words = FOREIGN[name]
     (tmp_path / name).write_bytes(content)
-    count, (line,) = left_out(tmp_path / name)
-    assert count == 0
+    collected = collect([tmp_path / name])
+    assert len(collected.table) == 0
+    (line,) = collected.left_out
     assert line.startswith(f"{tmp_path / name}: ")
     assert re.search(words, line), line
+    assert collected.unreadable == (line,)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -259,19 +262,39 @@ def test_a_full_disk_leaves_the_tables_before(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_finished_runs_are_those_with_a_row_of_their_own(tmp_path):
-    runs = [
-        row(run_id="ok"),
-        row(run_id="bad", status="diverged", loss=NAN),
-        row(run_id="failed", status="failed", loss=NAN),
-        row(run_id="only rounded", ptq_method="rtn", ptq_format="int4"),
-    ]
-    table = collect(saved(tmp_path, a=runs)).table
-    assert finished(table, ("ok", "diverged")) == {"ok", "bad"}
-    assert finished(table, {"failed"}) == {"failed"}
-    assert finished(table, ()) == finished(collect([]).table, ("ok",)) == set()
-    with pytest.raises(ValueError, match=r"unknown status 'fialed'.*nearest is 'failed'"):
-        finished(table, ("fialed",))
+def test_columns_that_no_row_has_are_ignored_and_named(tmp_path):
+    (path,) = saved(tmp_path, a=[ROW, row(run_id="b")])
+    table = collect([path]).table
+    more = table.assign(note="mine", **{"Unnamed: 0": [0, 1]})
+    more.to_csv(tmp_path / "more.csv", index=False)
+    more.to_parquet(tmp_path / "more.parquet")
+    for name in ("more.csv", "more.parquet"):
+        collected = collect([tmp_path / name])
+        pd.testing.assert_frame_equal(collected.table, table)
+        assert collected.left_out == ()
+        (line,) = collected.ignored
+        assert line.startswith(f"{tmp_path / name}: ")
+        assert line.endswith("'note', 'Unnamed: 0'")
+
+
+def test_a_result_stands_before_a_failure_wherever_it_is(tmp_path):
+    failed, diverged = (row(status=status, loss=NAN) for status in ("failed", "diverged"))
+    rounded = row(ptq_method="rtn", ptq_quantizer="int4/channel")
+    paths = saved(tmp_path, a=[failed], b=[ROW, rounded], c=[diverged])
+    collected = collect(paths)
+    assert collected.left_out == ()
+    assert sorted(collected.table.status) == ["ok", "ok"]
+    tables = [collect([path]).table for path in paths]
+    for order in itertools.permutations(tables):
+        both = union(order)
+        assert measured(both) == {
+            "00e1": {
+                (20, "none", "none"): "ok",
+                (20, "rtn", "int4/channel"): "ok",
+            }
+        }
+    assert union([tables[2], tables[0]]).status.tolist() == ["diverged"]
+    assert union([tables[0], tables[2]]).status.tolist() == ["failed"]
 
 
 def test_ten_thousand_files_are_read_in_seconds(tmp_path):
