@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 import qat.nnx
 from launch.experiment import Experiment
 from models.task import constants_for, language_model, model_of
+from qat.analysis import mean_and_standard_error
 from qat.policy import Policy
 from qat.training.checkpoint import Checkpoints
 from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
@@ -28,7 +29,6 @@ from qat.training.step import (
     TrainState,
     evaluate,
     make_programs,
-    mean_and_standard_error,
 )
 
 LossesOfSequences = np.ndarray

@@ -122,7 +122,7 @@ def take(lab: Lab, experiment: Experiment, workdir: Path, stack: contextlib.Exit
         ValueError: it belongs to another configuration, or a run is going on in it.
     """
     words = owner(lab, experiment)
-    agree(lambda: _take(workdir, words, stack))
+    agree(lambda: hold(workdir, words, stack))
 
 
 def owner(lab: Lab, experiment: Experiment) -> dict[str, Any]:
@@ -130,8 +130,12 @@ def owner(lab: Lab, experiment: Experiment) -> dict[str, Any]:
     return {**experiment.config, "data_fingerprint": lab.dataset(experiment).fingerprint}
 
 
-def _take(workdir: Path, words: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
-    """Claims and locks, in the first process alone."""
+def hold(workdir: Path, words: Mapping[str, Any], stack: contextlib.ExitStack) -> int:
+    """Claims and locks, in the first process alone; returns 0.
+
+    Raises:
+        ValueError: as `take`.
+    """
     claim(workdir, dict(words))
     lock = stack.enter_context((workdir / "lock").open("w"))
     try:

@@ -247,7 +247,16 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, float32."""
+        return self.logits(self.states(tokens_BT))
+
+    def states(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the head reads at every position, in the compute dtype."""
         return self._run(tokens_BT, jnp.int32(0), None)[0]
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What the head makes of `states`, float32."""
+        logits_BTV = constrain(self.head(x_BTD), "batch", None, "vocabulary")
+        return logits_BTV.astype(jnp.float32)
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], position: Int[Array, ""], cache: Cache
@@ -257,9 +266,9 @@ class Transformer(nnx.Module):
         T is the prompt's length once, then 1. The caller keeps ``position + T`` within the
         cache's length.
         """
-        logits_BTV, cache_after = self._run(tokens_BT, position, cache)
+        x_BTD, cache_after = self._run(tokens_BT, position, cache)
         assert cache_after is not None
-        return logits_BTV, cache_after
+        return self.logits(x_BTD), cache_after
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `batch` sequences of at most `length` tokens."""
@@ -279,7 +288,7 @@ class Transformer(nnx.Module):
     def _run(
         self, tokens_BT: Array, position: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        """Embedding, the scanned blocks, and the head."""
+        """Embedding, the scanned blocks, and the norm before the head."""
         config, tokens = self.config, tokens_BT.shape[1]
         longest = tokens if cache is None else cache.k_BSKC.shape[2]
         positions = self.positions(position, tokens, longest)
@@ -298,8 +307,7 @@ class Transformer(nnx.Module):
         unroll = min(config.unroll, config.layers)
         x_BTD, (cache, seen) = jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
         nnx.update(self.blocks, seen)
-        logits_BTV = constrain(self.head(self.norm(x_BTD)), "batch", None, "vocabulary")
-        return logits_BTV.astype(jnp.float32), cache
+        return self.norm(x_BTD), cache
 
 
 def inner_rules(policy: Policy | None) -> Rules:

@@ -17,8 +17,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from launch.experiment import Experiment
 from launch.lab import Lab, LossesOfSequences
+from launch.rounding.grid import Variant
+from launch.rounding.rows import rounded
 from launch.runner import ROWS, Looks
 from launch.sweeps import failures
 from qat.policy import Policy
@@ -28,7 +32,7 @@ from qat.training.loop import TrainingResult
 from qat.training.processes import is_first
 from qat.training.results import Row, rows_of, write_rows
 from qat.training.schedule import Schedule
-from qat.training.step import Params, mean_and_standard_error
+from qat.training.step import Params
 
 FOLDER = "ptq"
 UNFINISHED = "unfinished"
@@ -127,37 +131,21 @@ class Rounding(Looks):
         self, row: Row, method: str, quantizer: Quantizer, params: Params, plain: LossesOfSequences
     ) -> Row:
         """The row of one method and format, whether or not it can be evaluated."""
+        variant = Variant(method, quantizer)
         policy = dataclasses.replace(self.experiment.policy, weights=quantizer)
-        row = dataclasses.replace(
-            row,
-            ptq_method=method,
-            ptq_bits=policy.bits("weights"),
-            ptq_format=policy.format_name("weights"),
-            ptq_quantizer=str(quantizer),
-        )
+        experiment = dataclasses.replace(self.experiment, policy=policy)
         try:
-            return self._measured(row, policy, params, plain)
+            losses = self.lab.evaluate(experiment, params, policy)
         except OSError:
             raise
         except Exception as error:
             if is_first():
                 what = f"{method} {quantizer} after {row.tokens} tokens"
                 failures.note(self.workdir, what, error)
-            nan = math.nan
-            return dataclasses.replace(
-                row, status="failed", loss=nan, loss_se=nan, ptq_delta=nan, ptq_delta_se=nan
-            )
-
-    def _measured(self, row: Row, policy: Policy, params: Params, plain: LossesOfSequences) -> Row:
-        """The row with the losses under a policy of other weights."""
-        experiment = dataclasses.replace(self.experiment, policy=policy)
-        losses = self.lab.evaluate(experiment, params, policy)
-        loss, loss_se = mean_and_standard_error(losses)
-        delta, delta_se = mean_and_standard_error(losses - plain)
-        status = row.status if math.isfinite(loss) else "diverged"
-        return dataclasses.replace(
-            row, status=status, loss=loss, loss_se=loss_se, ptq_delta=delta, ptq_delta_se=delta_se
-        )
+            nothing = np.full_like(plain, np.nan)
+            return dataclasses.replace(rounded(row, variant, nothing, nothing), status="failed")
+        row = rounded(row, variant, losses, losses - plain)
+        return row if math.isfinite(row.loss) else dataclasses.replace(row, status="diverged")
 
 
 def narrower(policy: Policy, spellings: tuple[str, ...]) -> list[Quantizer]:

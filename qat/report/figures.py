@@ -123,6 +123,89 @@ def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
         return _svg(figure, axes)
 
 
+def loss_by_bits(lines: pd.DataFrame, original: float, bits: str, label: str) -> str:
+    """Loss of quantized models against the bits they take, a colour a method.
+
+    Args:
+        lines: method, family, format, loss, delta_se and the column of bits, of one policy and
+            text; lines of one method and family are joined, and others named.
+        original: loss of the model as it is, nats per token.
+        bits: name of that column.
+        label: of its axis.
+    """
+    with _figure() as (figure, axes):
+        axes.axhline(original, color="#000000", lw=0.8, label="original")
+        for index, (method, group) in enumerate(lines.groupby("method", sort=False)):
+            _draw_families(axes, group, bits, "loss", {**_style(index), "capsize": 3}, str(method))
+        axes.set_xscale("log")
+        _plain_ticks(axes, lines[bits])
+        axes.set_xlabel(label)
+        axes.set_ylabel("loss (nats/token)")
+        return _svg(figure, axes)
+
+
+def added_by_bits(lines: pd.DataFrame, bits: str, label: str) -> str:
+    """Loss added by quantization against the bits it leaves; see `loss_by_bits`."""
+    shown = lines[lines.delta > _FEWEST_NATS]
+    with _figure() as (figure, axes):
+        for index, (method, _) in enumerate(lines.groupby("method", sort=False)):
+            group = shown[shown.method == method]
+            _draw_families(axes, group, bits, "delta", {**_style(index), "capsize": 3}, str(method))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _plain_ticks(axes, lines[bits])
+        axes.set_xlabel(label)
+        axes.set_ylabel("added loss (nats/token)")
+        return _svg(figure, axes)
+
+
+def added_by_position(lines: pd.DataFrame) -> str:
+    """Loss added by quantization, by position in the context, a line a format.
+
+    Args:
+        lines: format, start, stop, delta and delta_se, of one method, policy and text.
+    """
+    with _figure() as (figure, axes):
+        for index, (name, group) in enumerate(lines.groupby("format", sort=False)):
+            axes.errorbar(
+                (group.start + group.stop) / 2,
+                group.delta,
+                yerr=group.delta_se,
+                **_style(index),
+                capsize=3,
+                label=str(name),
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("position in the context (tokens)")
+        axes.set_ylabel("added loss (nats/token)")
+        return _svg(figure, axes)
+
+
+def _draw_families(
+    axes: Axes, lines: pd.DataFrame, x: str, y: str, style: dict[str, Any], label: str
+) -> None:
+    """One method: families of formats joined, formats that are alone named beside their point."""
+    for _, group in lines.groupby("family", sort=False):
+        group = group.sort_values(x)
+        error = np.minimum(group.delta_se, 0.9 * group[y])
+        axes.errorbar(
+            group[x], group[y], yerr=error, **style, ls="-" if len(group) > 1 else "", label=label
+        )
+        label = ""  # once in the legend
+        if len(group) == 1:
+            point = (group[x].iloc[0], group[y].iloc[0])
+            axes.annotate(
+                group.format.iloc[0], point, xytext=(5, 3), textcoords="offset points", size=9
+            )
+
+
+def _plain_ticks(axes: Axes, values: pd.Series) -> None:
+    """A few numbers on a logarithmic axis that spans little."""
+    ticks = np.geomspace(values.min(), values.max(), 5) if len(values) > 1 else values.to_numpy()
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+
+
 def _style(index: int) -> dict[str, Any]:
     """Marker and colour of a series."""
     return {
@@ -150,9 +233,9 @@ def _figure() -> Iterator[tuple[Figure, Axes]]:
 
 def _svg(figure: Figure, axes: Axes) -> str:
     """The figure with its legend below the axis, where it hides nothing."""
-    entries = len(axes.get_legend_handles_labels()[0])
-    columns = 2 if entries == 2 else 3
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+    if entries := len(axes.get_legend_handles_labels()[0]):
+        columns = 2 if entries == 2 else 3
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,6 +1,7 @@
 """One self-contained HTML page: verdict first, then figures, tables, the fit, and provenance."""
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,29 +31,41 @@ def write(path: Path, summary: Summary, rows: pd.DataFrame, fit: Fit, provenance
     """Writes the page; it loads nothing from anywhere."""
     sections = [
         "<h2>Verdict</h2>",
-        _list(summary.verdict),
+        listing(summary.verdict),
         "<h2>Figures</h2>",
         _figures(summary, rows, fit),
         "<h2>Training at a policy</h2>",
         "<p>Difference: to the unquantized run of the same initialisation and data order.</p>",
-        _table(_training_table(summary)),
+        wide_table(_training_table(summary)),
         "<h2>Rounding after training</h2>",
-        _table(_rounding_table(summary)),
+        wide_table(_rounding_table(summary)),
         f"<h2>The fitted law: {html.escape(fit.law.name)}</h2>",
         "<p>Intervals: 95%, bootstrap over rows. Runs of one cell are not independent, so true "
         "intervals are wider.</p>",
-        _table(_fit_table(fit)),
+        wide_table(_fit_table(fit)),
         "<h2>Provenance</h2>",
-        _list((provenance, *_origins(rows))),
+        listing((provenance, *_origins(rows))),
     ]
-    title = "What fewer bits cost"
-    path.write_text(
+    path.write_text(document("What fewer bits cost", sections))
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """A whole page of parts in HTML, in the report's style."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
         + "\n".join(sections)
         + "</body></html>\n"
     )
+
+
+def grid_of(drawn: Sequence[tuple[str, str]]) -> str:
+    """Figures side by side, each an SVG with its caption."""
+    cells = [
+        f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in drawn
+    ]
+    return f'<div class="figures">{"".join(cells)}</div>'
 
 
 def _figures(summary: Summary, rows: pd.DataFrame, fit: Fit) -> str:
@@ -71,10 +84,7 @@ def _figures(summary: Summary, rows: pd.DataFrame, fit: Fit) -> str:
             "The law against every row it was fitted to.",
         ),
     ]
-    cells = [
-        f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in drawn
-    ]
-    return f'<div class="figures">{"".join(cells)}</div>'
+    return grid_of(drawn)
 
 
 def _training_table(summary: Summary) -> pd.DataFrame:
@@ -135,9 +145,11 @@ def _origins(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _table(table: pd.DataFrame) -> str:
+def wide_table(table: pd.DataFrame) -> str:
+    """A table that scrolls where the screen is narrow."""
     return f'<div class="wide">{table.to_html(index=False, border=0)}</div>'
 
 
-def _list(lines: tuple[str, ...]) -> str:
+def listing(lines: Sequence[str]) -> str:
+    """Lines of text."""
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"

@@ -2,20 +2,22 @@
 
 A sweep's truth is its files of rows: workers die, disks fill, folders hold what others put there.
 So the reader takes every row that is whole and says of everything else where it was and why it was
-left out. A row is taken if it has exactly the fields of `Row`, each of its type, and, where its
-status is "ok", finite numbers; then nothing that reads the table need check again.
+left out. A row is taken if it has the fields of `Row` and no others, each of its type, and, where
+its status is "ok", finite numbers; then nothing that reads the table need check again. Only fields
+that have a default may be missing.
 
 Rows come several times: in a run's own file, in the merged table of last week, in a copy. What
 makes two rows the same measurement is the key
 
-    run_id, tokens, eval_set, ptq_method, ptq_quantizer
+    run_id, tokens, eval_set, ptq_method, ptq_quantizer, ptq_activations, ptq_kv_cache,
+    ptq_calibration
 
 for `run_id` is the hash of the whole config, with seed, budget and branch, and of the data; a run
 that is evaluated on its way has rows of fewer tokens; and each model is evaluated as it is and
-after every method and quantizer. All other fields follow from these or are what was measured. Rows
-of one key that agree are one row; those that differ, even in the time a run took, are two
-measurements, and only the first by file name can stand in a table that has every run once. But a
-result stands before an attempt that failed or diverged, wherever each was found.
+after every method, with its quantizers and calibration. All other fields follow from these or are
+what was measured. Rows of one key that agree are one row; those that differ, even in the time a run
+took, are two measurements, and only the first by file name can stand in a table that has every run
+once. But a result stands before an attempt that failed or diverged, wherever each was found.
 
 CSV has no types. Text is quoted, and cells are read as what the field is, so a hash of digits stays
 text and the format "none" a word; floats have the digits that give the same float back.
@@ -34,9 +36,18 @@ import pandas as pd
 
 from qat.spelling import expected_instead, expected_one_of, nearest
 from qat.training.files import write_whole
-from qat.training.results import Row
+from qat.training.results import DEFAULTS, Row
 
-KEY = ("run_id", "tokens", "eval_set", "ptq_method", "ptq_quantizer")
+KEY = (
+    "run_id",
+    "tokens",
+    "eval_set",
+    "ptq_method",
+    "ptq_quantizer",
+    "ptq_activations",
+    "ptq_kv_cache",
+    "ptq_calibration",
+)
 STATUSES = ("ok", "diverged", "failed", "unfinished")
 RESULTS = ("ok", "unfinished")  # statuses of what was measured as it was meant
 
@@ -231,7 +242,8 @@ def _from_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise ValueError(f"torn: expected {len(header)} cells, got {len(cells)}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for name, kind in _TYPES.items():
+    for name in header:
+        kind = _TYPES[name]
         try:
             row[name] = math.nan if kind is float and not row[name] else kind(row[name])
         except ValueError:
@@ -240,15 +252,15 @@ def _from_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _check_fields(names: Collection[str]) -> None:
-    """Raises ValueError for other fields than a result row's."""
+    """Raises ValueError for other fields than a result row's, or without those it must have."""
     for name in names:
         if name not in _TYPES:
             near = nearest(name, _TYPES)
             raise ValueError(f"not result rows: unknown field {name!r}, nearest is {near!r}")
-    if missing := [name for name in _TYPES if name not in names]:
+    if missing := [name for name in _TYPES if name not in names and name not in DEFAULTS]:
         others = f" and {len(missing) - 1} others" if missing[1:] else ""
         raise ValueError(f"not result rows: field {missing[0]!r}{others} missing")
-    if len(names) > len(_TYPES):
+    if len(names) > len(set(names)):
         raise ValueError("not result rows: a field is there twice")
 
 
@@ -261,6 +273,7 @@ def _checked(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(expected_instead("not a result row", "a JSON object", row))
     _check_fields(row)
+    row = {**DEFAULTS, **row}
     fields = {name: _typed(name, kind, row[name]) for name, kind in _TYPES.items()}
     if fields["status"] not in STATUSES:
         raise ValueError(expected_one_of("status", fields["status"], STATUSES))

@@ -154,7 +154,7 @@ def prepare(
     sequence_length: int = 128,
     data_dir: str | Path | None = None,
     *,
-    tokenizer: str = "bytes",
+    tokenizer: str | Tokenizer = "bytes",
     validation_fraction: float = 0.05,
     process_index: int = 0,
     wait_seconds: float = 600.0,
@@ -173,7 +173,8 @@ def prepare(
         data_dir: where prepared datasets are kept and "tfds:" sources are found; None is TFDS's
             default (TFDS_DATA_DIR, else ~/tensorflow_datasets).
         tokenizer: see `tokenizer.parse_tokenizer`; one of the corpus is learned from the training
-            documents, a sample of `SAMPLE_CHARACTERS` if they have more.
+            documents, a sample of `SAMPLE_CHARACTERS` if they have more. Or a tokenizer itself,
+            such as that of another `TextDataset`.
         validation_fraction: see `corpus.is_validation`; in (0, 1).
         process_index: of this process in the job.
         wait_seconds: how long the other processes wait for process 0.
@@ -193,7 +194,7 @@ def prepare(
         raise ValueError(f"validation_fraction {validation_fraction} is not in (0, 1)")
     if isinstance(source, str):
         source = sources.parse_source(source, data_dir)
-    recipe = parse_tokenizer(tokenizer)
+    recipe = parse_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     told = _telling("read", source, on_progress)
     surveyed = corpus.survey(told, packed_text.root(data_dir) / "surveys")
     key = _hash(surveyed, recipe, validation_fraction)

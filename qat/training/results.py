@@ -2,6 +2,7 @@
 
 Every evaluation, also of a diverged run, is one `Row`. A run's rows go into one file of their own
 in one atomic step, so readers never see half of them, and a table is the union of such files.
+A field that has a default may be missing in a file: rows from before it was measured stay readable.
 """
 
 import dataclasses
@@ -42,11 +43,21 @@ class Row:
         ptq_bits: after training; 16 without post-training quantization.
         ptq_format: name.
         ptq_quantizer: of the weights, as `qat.Quantizer.parse` reads it, or "none".
+        ptq_activations: quantizer of the activations after training, or "none".
+        ptq_kv_cache: quantizer of the cache after training, or "none".
+        ptq_calibration: how much of which text the method saw, or "none".
         eval_set: what was evaluated on.
         loss: nats per token; NaN if diverged.
         loss_se: its standard error over sequences, nats per token.
         ptq_delta: loss minus that of the same model unquantized, nats per token; NaN if diverged.
         ptq_delta_se: standard error of that difference, paired by sequence.
+        ptq_kl: divergence of its next-token distributions from those of the same model unquantized,
+            KL(unquantized ‖ quantized), nats per token.
+        ptq_kl_se: its standard error over sequences.
+        ptq_agreement: share of tokens where both models think the same next token most likely.
+        ptq_wall_s: seconds it took to quantize and evaluate.
+        total_bits: of the model after quantization, codes, scales and unquantized numbers; 0 where
+            nobody counted.
         seed: of initialisation and data order.
         learning_rate: peak.
         schedule: name.
@@ -54,7 +65,7 @@ class Row:
         status: "ok", "diverged", "failed", or "unfinished" of a run that was still going on.
         wall_s: training time of the process that finished the run, seconds; where it was the first
             of its shape there, with compiling.
-        data_fingerprint: of the corpus.
+        data_fingerprint: of the corpus of `eval_set`.
         config_hash: of the resolved config alone.
         versions: of the packages that matter.
     """
@@ -73,11 +84,19 @@ class Row:
     ptq_bits: float = UNQUANTIZED_BITS
     ptq_format: str = "none"
     ptq_quantizer: str = "none"
+    ptq_activations: str = "none"
+    ptq_kv_cache: str = "none"
+    ptq_calibration: str = "none"
     eval_set: str
     loss: float
     loss_se: float
     ptq_delta: float = 0.0
     ptq_delta_se: float = 0.0
+    ptq_kl: float = 0.0
+    ptq_kl_se: float = 0.0
+    ptq_agreement: float = 1.0
+    ptq_wall_s: float = 0.0
+    total_bits: float = 0.0
     seed: int
     learning_rate: float
     schedule: str
@@ -87,6 +106,13 @@ class Row:
     data_fingerprint: str
     config_hash: str
     versions: str
+
+
+DEFAULTS: Mapping[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(Row)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def hash_of(value: Mapping[str, Any]) -> str:
@@ -123,7 +149,7 @@ def rows_of(folder: Path) -> list[Row]:
                 f"{path}: expected result rows, one JSON object a line; {error}"
             ) from None
         for row in rows:
-            if not isinstance(row, dict) or set(row) != names:
+            if not isinstance(row, dict) or {*DEFAULTS, *row} != names:
                 raise ValueError(f"{path}: a line is not a result row")
         found += [Row(**row) for row in rows]
     return found

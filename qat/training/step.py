@@ -225,10 +225,3 @@ def evaluate(
         for step in range(len(batches))
     ]
     return np.concatenate([np.asarray(loss, np.float64) for loss in losses])
-
-
-def mean_and_standard_error(losses_R: Float[np.ndarray, " R"]) -> tuple[float, float]:
-    """Mean of per-sequence losses and its standard error, taking sequences as independent."""
-    count = losses_R.size
-    spread = float(np.std(losses_R, ddof=1)) if count > 1 else float("nan")
-    return float(np.mean(losses_R)), spread / count**0.5

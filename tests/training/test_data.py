@@ -103,6 +103,19 @@ def test_byte_pairs_are_learned_from_the_training_side_and_kept(tmp_path):
     assert loaded.train.tokens < 0.5 * prepare(tmp_path, texts).train.tokens
 
 
+def test_another_text_is_packed_with_the_tokenizer_of_the_first(tmp_path):
+    first = prepare(tmp_path, make_texts(seed=3), tokenizer="bpe:300").tokenizer
+    texts = make_texts(seed=4)
+    dataset = prepare(tmp_path, texts, tokenizer=first)
+    assert dataset.tokenizer == first
+    expected = np.concatenate(
+        [[*first.encode(t), first.separator] for t in of_side(texts, "train")]
+    )
+    found = np.asarray(dataset.train.records).reshape(-1)
+    assert set(found) <= set(expected)
+    assert first.decode(dataset.train.records[0]) in first.decode(expected)
+
+
 def test_a_sample_is_enough_for_a_large_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SAMPLE_CHARACTERS", 5000)
     texts = make_texts(count=200)

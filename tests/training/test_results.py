@@ -1,6 +1,7 @@
 """Rows on disk: whole, readable, identifiable."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -17,6 +18,12 @@ def test_rows_come_back_as_written(tmp_path):
     assert list(table.ptq_bits) == [16.0, 3.0, 16.0]
     assert table.loss.isna().tolist() == [False, False, True]
     assert dataclasses.asdict(ROW) == table.iloc[0].to_dict()
+
+
+def test_rows_from_before_a_field_was_measured_are_read(tmp_path):
+    older = {k: v for k, v in dataclasses.asdict(ROW).items() if not k.startswith("ptq_")}
+    (tmp_path / "a.jsonl").write_text(json.dumps(older))
+    assert read_rows(tmp_path).iloc[0].to_dict() == dataclasses.asdict(ROW)
 
 
 def test_an_interrupted_write_leaves_nothing_to_read(tmp_path):

@@ -16,7 +16,7 @@ from qat.training.optimizer import adamw
 from qat.training.processes import place
 from qat.training.schedule import warmup_cosine
 from qat.training.sharding import make_mesh
-from qat.training.step import evaluate, make_programs, mean_and_standard_error
+from qat.training.step import evaluate, make_programs
 from tests.training_checks import (
     BATCHES,
     CONFIG,
@@ -152,10 +152,3 @@ def test_evaluation_is_the_mean_cross_entropy_of_each_sequence(programs):
         chosen_BT = np.take_along_axis(logits_BTV, batch[:, 1:, None], axis=-1)[..., 0]
         expected_B = (log_sum_BT - chosen_BT).mean(axis=1)
         np.testing.assert_allclose(losses_R[row : row + 8], expected_B, rtol=1e-5)
-
-
-def test_standard_error_is_that_of_the_mean():
-    losses = np.random.default_rng(0).normal(size=400)
-    mean, error = mean_and_standard_error(losses)
-    assert mean == losses.mean()
-    assert error == pytest.approx(losses.std(ddof=1) / 20)

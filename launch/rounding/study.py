@@ -1,0 +1,201 @@
+"""One checkpoint and its variants: which are missing, and what each costs.
+
+A variant is one file of rows, written whole when it is measured on all texts it was missing on, so
+a kill at any moment loses one variant at most. The original's states and one variant's parameters
+are in memory beside the original's own.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int32
+
+import qat.ptq
+from launch.rounding.evaluation import Measured, Parts, measure, measure_original
+from launch.rounding.grid import ORIGINAL, Variant
+from launch.rounding.rows import measured, spellings_of
+from launch.rounding.subject import Subject
+from launch.rounding.texts import TextSet
+from models.transformer import Transformer
+from qat.analysis import total_bits
+from qat.policy import Policy
+from qat.training.results import UNQUANTIZED_BITS, Row, rows_of, write_rows
+
+_SKIP = "embed|head"  # stay unquantized, as in training
+
+Advance = Callable[[float, str], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """A checkpoint, the texts it is evaluated on and what methods may see.
+
+    Attributes:
+        subject: the model.
+        texts: to evaluate on.
+        calibration: inputs in batches; empty where no method asked for needs any.
+        calibrated_on: how much of which text that is, or "none".
+        folder: of the variants' rows.
+    """
+
+    subject: Subject
+    texts: Sequence[TextSet]
+    calibration: Sequence[Int32[np.ndarray, "B T"]]
+    calibrated_on: str
+    folder: Path
+
+    def check(self, asked: Sequence[Variant]) -> None:
+        """Raises ValueError for a format that does not fit the model, such as too large a block."""
+        seen: set[str] = set()
+        for variant in asked:
+            running = self._policy(variant) or Policy()
+            policy = dataclasses.replace(running, weights=variant.weights)
+            if policy.structure not in seen:
+                seen.add(policy.structure)
+                try:
+                    jax.eval_shape(functools.partial(_forward, self.subject, policy))
+                except ValueError as error:
+                    raise ValueError(f"{variant}: {error}") from None
+
+    def missing(self, asked: Sequence[Variant]) -> dict[Variant, list[TextSet]]:
+        """Variants with the texts they are still to be measured on.
+
+        Raises:
+            ValueError: a file in the folder holds no rows, a text has changed, or a method was
+                calibrated otherwise.
+        """
+        rows = rows_of(self.folder)
+        left = {each: [t for t in self.texts if not self._has(rows, each, t)] for each in asked}
+        return {each: texts for each, texts in left.items() if texts}
+
+    def measure(self, missing: dict[Variant, list[TextSet]], advance: Advance) -> None:
+        """Measures variants, and writes the rows of each as soon as it is done.
+
+        Args:
+            missing: those of `missing`.
+            advance: told how many sequences were evaluated, and of which variant.
+
+        Raises:
+            ValueError: a method cannot take a format.
+        """
+        start = time.perf_counter()
+        model = self.subject.model(self._policy(ORIGINAL))
+        needed = {text.name: text for texts in missing.values() for text in texts}
+        on_batch = functools.partial(_tell, advance, ORIGINAL)
+        originals = {name: measure_original(model, text, on_batch) for name, text in needed.items()}
+        if ORIGINAL in missing:
+            found = [(text, originals[text.name][0]) for text in missing[ORIGINAL]]
+            self._write(ORIGINAL, found, self._original_bits, time.perf_counter() - start)
+        parts, states = Parts.of(model), {name: each[1] for name, each in originals.items()}
+        for variant, texts in missing.items():
+            if variant != ORIGINAL:
+                start = time.perf_counter()
+                quantized, bits = self._quantized(variant)
+                on_batch = functools.partial(_tell, advance, variant)
+                found = [
+                    (text, measure(parts, quantized, text, states[text.name], on_batch))
+                    for text in texts
+                ]
+                self._write(variant, found, bits, time.perf_counter() - start)
+
+    def _policy(self, variant: Variant) -> Policy | None:
+        """What a variant's model quantizes as it runs: what it was trained with, but for changes.
+
+        The weights of a variant lie rounded in its kernels.
+        """
+        trained = self.subject.policy.operands().items()
+        operands: dict[str, Any] = {name: q for name, q in trained if q and q.quantizes}
+        operands.pop("gradients", None)
+        if variant.weights is not None:
+            operands.pop("weights", None)
+        changed = {"activations": variant.activations, "kv_cache": variant.kv_cache}
+        operands |= {name: q for name, q in changed.items() if q is not None}
+        return Policy(**operands) if operands else None
+
+    @property
+    def _original_bits(self) -> float:
+        """Of the model as it is; 0 where it was trained with other weights than it holds."""
+        trained = self.subject.policy.bits("weights") < UNQUANTIZED_BITS
+        return 0.0 if trained else UNQUANTIZED_BITS * self.subject.size
+
+    def _quantized(self, variant: Variant) -> tuple[Transformer, float]:
+        """The model of a variant, and the bits it takes.
+
+        Raises:
+            ValueError: the method cannot take the format.
+        """
+        model = self.subject.model(self._policy(variant))
+        if variant.weights is None:
+            return model, self._original_bits
+        batches = map(jnp.asarray, self.calibration if variant.needs_text else ())
+        try:
+            quantized, report = qat.ptq.quantize(
+                model,
+                method=variant.method,
+                quantizer=variant.weights,
+                calibration=batches,
+                skip=_SKIP,
+            )
+        except ValueError as error:
+            raise ValueError(f"{variant}: {error}") from None
+        exact = [line.exact_rows for line in report if line.exact_rows is not None]
+        stored = [line.stored for line in report if line.stored is not None]
+        rest = self.subject.size - sum(each.codes.size for each in stored)
+        rest += sum(int(jnp.count_nonzero(rows)) for rows in exact)
+        return quantized, float(total_bits(stored, rest))
+
+    def _calibration_of(self, variant: Variant) -> str:
+        return self.calibrated_on if variant.needs_text else "none"
+
+    def _has(self, rows: Sequence[Row], variant: Variant, text: TextSet) -> bool:
+        """Whether a variant was measured on a text; raises as `missing`."""
+        of_variant = [row for row in rows if spellings_of(row) == variant.spellings]
+        calibrated_on = self._calibration_of(variant)
+        for row in of_variant:
+            if row.ptq_calibration != calibrated_on:
+                raise ValueError(
+                    f"{variant} was calibrated on {row.ptq_calibration} there, on {calibrated_on} "
+                    "here; choose another workdir"
+                )
+        found = [row for row in of_variant if row.eval_set == text.name]
+        for row in found:
+            if row.data_fingerprint != text.fingerprint:
+                raise ValueError(
+                    f"text {text.name} has changed since {variant} was evaluated on it: "
+                    f"fingerprint {row.data_fingerprint} then, {text.fingerprint} now; choose "
+                    "another workdir"
+                )
+        return bool(found)
+
+    def _write(
+        self, variant: Variant, found: list[tuple[TextSet, Measured]], bits: float, wall_s: float
+    ) -> None:
+        """Adds the rows of a variant to those it has of other texts."""
+        before = [row for row in rows_of(self.folder) if spellings_of(row) == variant.spellings]
+        row = dataclasses.replace(
+            self.subject.row,
+            ptq_calibration=self._calibration_of(variant),
+            ptq_wall_s=wall_s,
+            total_bits=bits,
+        )
+        new = [each for text, result in found for each in measured(row, variant, text, result)]
+        write_rows(self.folder / f"{variant.file_name}.jsonl", [*before, *new])
+
+
+def _forward(subject: Subject, policy: Policy) -> jax.Array:
+    """Logits of a model made anew; to be traced alone."""
+    model = Transformer(subject.config, policy, rngs=nnx.Rngs(0))
+    logits_BTV: jax.Array = model(jnp.zeros((1, 2), jnp.int32))
+    return logits_BTV
+
+
+def _tell(advance: Advance, variant: Variant, sequences: int) -> None:
+    advance(sequences, str(variant))
