@@ -18,6 +18,7 @@ from qat.training.scaling import Scaling
 from qat.training.schedule import Schedule, branches, warmup_cosine
 from qat.training.tokenizer import parse_tokenizer
 
+ORIGINS = ("init", "teacher")  # keys that name checkpoints, see launch.origin
 _SCHEDULES = ("cosine", "wsd")
 # What is not data to the compiled programs, beside the structure of the policy.
 _COMPILED = (
@@ -30,6 +31,7 @@ _COMPILED = (
     "clip_norm",
     "scaling",
     "mesh",
+    "teacher",
 )
 
 
@@ -38,7 +40,8 @@ class Experiment:
     """One run, resolved and checked.
 
     Attributes:
-        config: plain nested dict; its hash identifies the run.
+        config: plain nested dict; its hash identifies the run. What a run without a checkpoint to
+            begin with, or without a teacher, says of these is left out.
         model: shape.
         policy: precision.
         scaling: size relative to the model whose learning rate was tuned.
@@ -60,6 +63,7 @@ class Experiment:
         Raises:
             ValueError: a value is out of range; the message names it.
         """
+        config = {key: each for key, each in config.items() if each or key not in ORIGINS}
         _check(config)
         model = TransformerConfig(**{**config["model"], "vocabulary": _vocabulary(config)})
         scaling = _scaling(model, **config["scaling"])
@@ -87,9 +91,16 @@ class Experiment:
         return step * _tokens_per_step(self.config)
 
     def train_flops(self, tokens: int) -> int:
-        """Analytic FLOPs of training on this many tokens."""
+        """Analytic FLOPs of training on this many tokens, which a teacher reads too."""
         model, length = self.model, self.config["data"]["sequence_length"]
-        return flops.train_flops(tokens, matrix_params(model), model.layers, model.width, length)
+        shape = (matrix_params(model), model.layers, model.width, length)
+        taught = tokens * flops.forward_flops_per_token(*shape) if "teacher" in self.config else 0
+        return flops.train_flops(tokens, *shape) + taught
+
+    @property
+    def alone(self) -> bool:
+        """Whether it cannot train beside others: it has branches, or begins with a checkpoint."""
+        return bool(self.branches) or any(name in self.config for name in ORIGINS)
 
     @property
     def loss_limit(self) -> float:
@@ -108,7 +119,7 @@ class Experiment:
     @property
     def size(self) -> str:
         """Identifies the compiled programs but for the policy's structure."""
-        return hash_of({key: self.config[key] for key in _COMPILED})
+        return hash_of({key: self.config[key] for key in _COMPILED if key in self.config})
 
     @property
     def config_hash(self) -> str:
@@ -192,8 +203,15 @@ def _check(config: Mapping[str, Any]) -> None:
     """What no other room checks.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a part is missing.
     """
+    if "model" not in config:
+        raise ValueError(
+            "the config has no model: a student's, as configs/distill.py, is for "
+            "launch.distill; expected one like configs/tiny.py"
+        )
+    if "writing" in config and "teacher" not in config:
+        raise ValueError("writing: expected a teacher that writes; launch.distill names one")
     numbers = {**config, **config["data"]}
     least = {
         "batch_size": 1,

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
 import qat.nnx
+from launch import origin
 from launch.experiment import Experiment
+from launch.own_text import written
 from models.task import constants_for, language_model, model_of
 from qat.analysis import mean_and_standard_error
 from qat.policy import Policy
 from qat.training.checkpoint import Checkpoints
 from qat.training.data import Batches, TextDataset, prepare, train_batches, validation_batches
+from qat.training.distillation import Taught, taught
 from qat.training.lanes import spread
 from qat.training.loop import TrainingResult, train
 from qat.training.optimizer import adamw
@@ -25,6 +30,8 @@ from qat.training.results import Row, hash_of, package_versions
 from qat.training.schedule import Schedule
 from qat.training.sharding import make_mesh
 from qat.training.step import (
+    Constants,
+    Params,
     Programs,
     TrainState,
     evaluate,
@@ -47,6 +54,7 @@ class Lab:
         self._devices = devices
         self._datasets: dict[str, TextDataset] = {}
         self._programs: dict[tuple[str, int], Programs] = {}
+        self._teachers: dict[tuple[str, str], Params] = {}
 
     def dataset(self, experiment: Experiment) -> TextDataset:
         """The prepared text of an experiment."""
@@ -74,6 +82,8 @@ class Lab:
         config, key = experiment.config, (experiment.shape, run)
         if key not in self._programs:
             task = language_model(experiment.model, experiment.policy, experiment.scaling)
+            if "teacher" in config:
+                task = taught(task, language_model(experiment.model, None))
             optimizer = adamw(
                 weight_decay=config["weight_decay"],
                 clip_norm=config["clip_norm"],
@@ -97,9 +107,20 @@ class Lab:
         config, dataset = experiment.config, self.dataset(experiment)
         size = config["batch_size"]
         return (
-            train_batches(dataset, size, config["seed"]),
+            train_batches(self._text(experiment), size, config["seed"]),
             validation_batches(dataset, size, config["evaluation_batches"]),
         )
+
+    def _text(self, experiment: Experiment) -> TextDataset:
+        """What an experiment trains on: its own text, or what its teacher writes."""
+        config, dataset = experiment.config, self.dataset(experiment)
+        if "writing" not in config:
+            return dataset
+        key = hash_of({name: config[name] for name in ("teacher", "data", "writing")})
+        if key not in self._datasets:
+            teacher = origin.opened(config["teacher"])
+            self._datasets[key] = written(teacher, dataset, config["writing"], self._data_dir)
+        return self._datasets[key]
 
     def run_id(self, experiment: Experiment, schedule: Schedule | None = None) -> str:
         """Identifies config, data, and the schedule if it is that of a branch."""
@@ -110,9 +131,32 @@ class Lab:
         return hash_of(identity)
 
     def fresh(self, experiment: Experiment) -> TrainState:
-        """The state before the first step."""
-        seed = np.uint32(experiment.config["seed"])
-        return self.programs(experiment).init_state(seed)
+        """The state before the first step; its parameters are those of `init`, if that is set.
+
+        Raises:
+            ValueError: that checkpoint cannot be read, or holds other parameters by now.
+        """
+        programs = self.programs(experiment)
+        state = programs.init_state(np.uint32(experiment.config["seed"]))
+        if "init" not in experiment.config:
+            return state
+        params = origin.opened(experiment.config["init"]).params
+        return state._replace(params=_placed(params, programs.state_sharding.params))
+
+    def constants(self, experiment: Experiment, policy: Policy) -> Constants:
+        """What an experiment's programs need beside parameters, at a policy's precision.
+
+        Raises:
+            ValueError: a teacher cannot be read, or holds other parameters by now.
+        """
+        if "teacher" not in experiment.config:
+            return constants_for(experiment.model, policy)
+        key = (experiment.shape, experiment.config["teacher"])
+        if key not in self._teachers:
+            params = origin.opened(experiment.config["teacher"]).params
+            shardings = self.programs(experiment).constants_sharding.teacher_params
+            self._teachers[key] = _placed(params, shardings)
+        return _taught_constants(experiment, policy, self._teachers[key])
 
     def restored(self, experiment: Experiment, checkpoints: Checkpoints) -> TrainState | None:
         """The state of the newest whole checkpoint, None where none was ever saved.
@@ -145,7 +189,7 @@ class Lab:
         result = train(
             programs or self.programs(experiment),
             self.fresh(experiment) if state is None else state,
-            constants_for(experiment.model, experiment.policy),
+            self.constants(experiment, experiment.policy),
             schedule or experiment.schedule,
             self.batches(experiment)[0],
             loss_limit=experiment.loss_limit,
@@ -155,7 +199,7 @@ class Lab:
 
     def evaluate(self, experiment: Experiment, params: Any, policy: Policy) -> LossesOfSequences:
         """Validation loss of each sequence under a policy, which need not be the trained one."""
-        constants = constants_for(experiment.model, policy)
+        constants = self.constants(experiment, policy)
         batches = self.batches(experiment)[1]
         return evaluate(self.programs(experiment), params, constants, batches)
 
@@ -201,6 +245,8 @@ class Lab:
             activation_format=policy.format_name("activations"),
             kv_format=policy.format_name("kv_cache"),
             policy=str(policy),
+            init=config.get("init", "none"),
+            teacher=config.get("teacher", "none"),
             eval_set=f"{config['data']['source']}/validation",
             loss=loss,
             loss_se=loss_se,
@@ -216,6 +262,30 @@ class Lab:
             config_hash=experiment.config_hash,
             versions=package_versions(),
         )
+
+
+def blank_constants(experiment: Experiment) -> Constants:
+    """Those of `Lab.constants`, a teacher's parameters zero: to time or compile a step alone."""
+    if "teacher" not in experiment.config:
+        return constants_for(experiment.model, experiment.policy)
+    shapes = jax.eval_shape(language_model(experiment.model, None).init, jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return _taught_constants(experiment, experiment.policy, zeros)
+
+
+def _taught_constants(experiment: Experiment, policy: Policy, teacher: Params) -> Taught:
+    """Of a student at a policy's precision, whose teacher has full precision."""
+    own = constants_for(experiment.model, policy)
+    return Taught(own, teacher, constants_for(experiment.model, None))
+
+
+def _placed(params: Params, shardings: Any) -> Params:
+    """Arrays of the host on the devices, of which each process fills its own."""
+
+    def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, params, shardings)
 
 
 def check_batch(config: Mapping[str, Any], mesh: Mapping[str, int]) -> None:

@@ -43,12 +43,18 @@ class StoppedError(Exception):
     """SIGTERM or Ctrl-C came, and what was to be saved is."""
 
 
-def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[[list[str]], int | None],
+    required: Sequence[str] = (),
+    config: Path | None = None,
+) -> None:
     """Parses flags, runs `main`, and turns bad input into one line on standard error.
 
     Args:
         main: takes the arguments that are not flags; returns the exit code, None for 0.
         required: flags that must be given.
+        config: what --config is if it is not given. A default of the flag itself would be read
+            before errors become lines.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(number))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
@@ -56,7 +62,8 @@ def run(main: Callable[[list[str]], int | None], required: Sequence[str] = ()) -
     logging.set_verbosity(logging.FATAL)  # errors are raised, and told in one line
     cpu.keep_freed_memory()
     app.run(
-        lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse_flags(argv, required)
+        lambda argv: _guarded(main, argv),
+        flags_parser=lambda argv: _parse_flags(_with_config(argv, config), required),
     )
 
 
@@ -139,6 +146,14 @@ def _leave(number: int) -> NoReturn:
         os.write(1, _SHOW_CURSOR)
     os.write(2, f"{word}; the same command goes on from here\n".encode())
     os._exit(code)
+
+
+def _with_config(argv: list[str], config: Path | None) -> list[str]:
+    """The command line with a config file in it, if there is one to be."""
+    names = [word.lstrip("-").partition("=")[0] for word in argv[1:] if word.startswith("-")]
+    if config is None or "config" in names:
+        return argv
+    return [argv[0], f"--config={config}", *argv[1:]]
 
 
 def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:

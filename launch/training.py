@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from launch import origin
 from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.main import BAD_INPUT, DIVERGED, PREEMPTED
 from launch.progress import Meter, Tally
 from launch.runner import Looks, Runner, Saving, Watching
-from qat.training.checkpoint import claim
+from qat.training.checkpoint import MARKER, claim
 from qat.training.data import TextDataset
 from qat.training.processes import (
     FailedElsewhereError,
@@ -40,9 +41,9 @@ def run(
         ValueError: bad input, before anything is written.
         OSError: a file cannot be read or written.
     """
-    experiment = Experiment.from_config(config)
+    experiment = Experiment.from_config(origin.resolved(config, workdir))
     lab = Lab(data_dir)
-    dataset = check(lab, experiment)
+    dataset = check(lab, experiment, workdir)
     if dataset.unreadable_documents:
         print(f"left out {dataset.unreadable_documents} documents that are not UTF-8 text")
     if watching.profile is not None:
@@ -64,14 +65,16 @@ def run(
     return DIVERGED if agree(lambda: _tell(workdir)) else 0
 
 
-def check(lab: Lab, experiment: Experiment) -> TextDataset:
+def check(lab: Lab, experiment: Experiment, workdir: Path) -> TextDataset:
     """Makes sure that an experiment can run at all, before it claims a workdir.
 
     Raises:
-        ValueError: its data, mesh or model do not fit together.
+        ValueError: its data, mesh, model or checkpoints do not fit together.
     """
     dataset = lab.dataset(experiment)
     lab.programs(experiment)
+    if not (workdir / MARKER).exists():  # what has begun may not need them any more
+        origin.check(experiment, dataset.fingerprint)
     lab.batches(experiment)
     return dataset
 

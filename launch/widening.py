@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from launch.experiment import Experiment
+from launch.experiment import ORIGINS, Experiment
 from launch.lab import Lab
 from models.probe import activations
 from models.task import constants_for
@@ -17,7 +17,14 @@ from qat.training.processes import place
 
 
 def changes_of(lab: Lab, experiment: Experiment, steps: int) -> dict[str, float]:
-    """Root mean square change of every place's activations by `steps` steps of training."""
+    """Root mean square change of every place's activations by `steps` steps of training.
+
+    Raises:
+        ValueError: the experiment names a checkpoint, which has one width alone.
+    """
+    for name in ORIGINS:
+        if name in experiment.config:
+            raise ValueError(f"{name} = {experiment.config[name]!r}: expected '' to compare widths")
     programs, model = lab.programs(experiment), experiment.model
     constants = constants_for(model, experiment.policy)
     train, validation = lab.batches(experiment)

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from launch.experiment import Experiment
-from launch.lab import Lab
-from models.task import constants_for
+from launch.lab import Lab, blank_constants
 from qat.training.census import Census, census
 
 _FAST = {"exec_time_optimization_effort": -1.0}
@@ -113,7 +112,7 @@ def compile_step(
     programs = Lab(Path(), devices).programs(experiment)
     step: Any = programs.train_step
     state = jax.eval_shape(programs.init_state, jnp.uint32(0))
-    constants = jax.eval_shape(lambda: constants_for(experiment.model, experiment.policy))
+    constants = jax.eval_shape(lambda: blank_constants(experiment))
     data = experiment.config["data"]
     window = data["sequence_length"] + 1
     tokens_BS = jax.ShapeDtypeStruct((experiment.config["batch_size"], window), jnp.int32)

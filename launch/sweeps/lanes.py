@@ -23,7 +23,7 @@ from qat.training.step import Metrics
 
 
 def groups(runs: Mapping[str, Experiment], most: int) -> list[tuple[str, ...]]:
-    """Ids of runs by which train together; a run with branches trains alone.
+    """Ids of runs by which train together, but for those that train alone.
 
     Groups of a kind differ in size by one at most, so that few programs are compiled.
 
@@ -33,7 +33,7 @@ def groups(runs: Mapping[str, Experiment], most: int) -> list[tuple[str, ...]]:
     """
     kinds: dict[object, list[str]] = defaultdict(list)
     for run_id, experiment in runs.items():
-        kinds[run_id if experiment.branches else _kind(experiment)].append(run_id)
+        kinds[run_id if experiment.alone else _kind(experiment)].append(run_id)
     counts = {kind: -(-len(ids) // most) for kind, ids in kinds.items()}
     return [
         tuple(ids[i :: counts[kind]]) for kind, ids in kinds.items() for i in range(counts[kind])
@@ -44,12 +44,12 @@ def check(runs: Sequence[Experiment]) -> None:
     """Makes sure that runs can be lanes of one program; one alone always can.
 
     Raises:
-        ValueError: their shapes or numbers of steps differ, or one has branches.
+        ValueError: their shapes or numbers of steps differ, or one trains alone.
     """
-    if len(runs) > 1 and (len({_kind(each) for each in runs}) > 1 or runs[0].branches):
+    if len(runs) > 1 and (len({_kind(each) for each in runs}) > 1 or runs[0].alone):
         raise ValueError(
             f"{len(runs)} runs cannot train together: expected one shape, one number of steps and "
-            "no branches; separate them by commas"
+            "neither branches nor checkpoints to begin with; separate them by commas"
         )
 
 
@@ -71,7 +71,7 @@ def go_on(runs: Sequence[Runner]) -> None:
 
 def _kind(experiment: Experiment) -> tuple[str, int, bool]:
     """What runs that train together have in common."""
-    return experiment.shape, experiment.schedule.total_steps, bool(experiment.branches)
+    return experiment.shape, experiment.schedule.total_steps, experiment.alone
 
 
 def _is_fresh(run: Runner) -> bool:

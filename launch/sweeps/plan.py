@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import origin
 from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.sweeps.fitting import Fitting
@@ -86,7 +87,8 @@ def experiments(sweep: Sweep) -> list[Experiment]:
     fitting, first = Fitting(sweep.ptq_formats), dict[str, int]()
     for number, overrides in enumerate(sweep.grid):
         try:
-            experiment = Experiment.from_config(apply(sweep.config, overrides))
+            config = origin.resolved(apply(sweep.config, overrides))
+            experiment = Experiment.from_config(config)
             fitting.check(experiment)
         except ValueError as error:
             raise ValueError(f"run {_told(overrides)}: {error}") from None

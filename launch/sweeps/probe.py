@@ -69,14 +69,13 @@ def _train_step(config: Mapping[str, Any]) -> Callable[[int], None]:
     import numpy as np
 
     from launch.experiment import Experiment
-    from launch.lab import Lab
-    from models.task import constants_for
+    from launch.lab import Lab, blank_constants
     from qat.training.data import Batches
     from qat.training.processes import place
 
     experiment, random = Experiment.from_config(config), np.random.default_rng(0)
     programs = Lab(Path(), jax.devices()[:1]).programs(experiment)
-    constants = constants_for(experiment.model, experiment.policy)
+    constants = blank_constants(experiment)
     size, length = config["batch_size"], config["data"]["sequence_length"]
     windows = max(_WINDOWS, size)
     tokens_NS = random.integers(0, experiment.model.vocabulary, (windows, length + 1))

@@ -150,7 +150,7 @@ class Worker:
     ) -> Runner:
         """A run in its folder, which it has until the stack is left."""
         experiment, folder = self._plan.runs[run_id], self._plan.folder(self._workdir, run_id)
-        training.check(self._lab, experiment)
+        training.check(self._lab, experiment, folder)
         training.take(self._lab, experiment, folder, stack)
         looks = Rounding(self._lab, experiment, folder, self._plan.sweep)
         told = Told(run_id, experiment.tokens_at(1))
@@ -174,7 +174,7 @@ class Worker:
     def _go_on(self, run_id: str, folder: Path) -> None:
         experiment = self._plan.runs[run_id]
         with Preemption() as preempted:
-            training.check(self._lab, experiment)
+            training.check(self._lab, experiment, folder)
             training.go_on(
                 self._lab,
                 experiment,

@@ -28,6 +28,7 @@ from qat.training.sharding import path_name
 from qat.training.step import TrainState
 
 DAMAGED = ".damaged"
+MARKER = "config.json"  # of a workdir, see `claim`
 
 _NONE = -1
 _COMMITTED = "_CHECKPOINT_METADATA"  # which orbax completes after the seal
@@ -225,7 +226,7 @@ def claim(workdir: Path, config: dict[str, Any]) -> None:
     Raises:
         ValueError: it belongs to another configuration, or holds files that no run made.
     """
-    marker = workdir / "config.json"
+    marker = workdir / MARKER
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if marker.exists():
         if marker.read_text() != text:

@@ -39,6 +39,9 @@ class Row:
         activation_format: name.
         kv_format: name.
         policy: of training, as `qat.Policy.parse` reads it.
+        init: checkpoint that training began with, "folder@fingerprint", or "none"; `tokens` and
+            `flops` do not count what it took.
+        teacher: checkpoint whose soft labels were learned, as `init`, or "none".
         ptq_method: "none" or the name of a post-training method.
         ptq_bits: after training; 16 without post-training quantization.
         ptq_format: name.
@@ -80,6 +83,8 @@ class Row:
     activation_format: str
     kv_format: str
     policy: str
+    init: str = "none"
+    teacher: str = "none"
     ptq_method: str = "none"
     ptq_bits: float = UNQUANTIZED_BITS
     ptq_format: str = "none"

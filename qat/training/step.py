@@ -17,6 +17,7 @@ Shapes: B sequences, A parts, T tokens, S = T + 1 tokens of a record, V vocabula
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,11 +52,16 @@ class Task:
         init: (random key) → parameters, a nested dict of float32 arrays.
         apply: (parameters, constants, random key, tokens_BT) → logits_BTV, float32.
         axes: logical axes of the parameters, for `qat.training.sharding`.
+        losses: (parameters, constants, random key, tokens_BS) → losses_BT, what training lessens,
+            nats per token; None is the cross entropy with the text, by which any task is evaluated.
+        placement: (mesh) → shardings of the constants; None has them whole on every device.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[[Params, Constants, Array, Array], Array]
     axes: LogicalAxes
+    losses: Callable[[Params, Constants, Array, Array], Array] | None = None
+    placement: Callable[[Mesh], Any] | None = None
 
 
 class TrainState(NamedTuple):
@@ -88,6 +94,7 @@ class Programs:
         eval_step: (params, constants, tokens_BS) → mean loss of each sequence, nats per token.
         batch_sharding: placement of tokens.
         state_sharding: placement of the state.
+        constants_sharding: placement of the constants, of all or of parts of their tree.
     """
 
     init_state: Callable[[Any], TrainState]
@@ -95,6 +102,7 @@ class Programs:
     eval_step: Callable[[Params, Constants, Any], Float[Array, " B"]]
     batch_sharding: NamedSharding
     state_sharding: TrainState
+    constants_sharding: Any
 
 
 def make_programs(
@@ -111,6 +119,7 @@ def make_programs(
     Raises:
         ValueError: the state does not fit the mesh (see `state_shardings`).
     """
+    losses = task.losses or functools.partial(token_losses, task)
 
     def init_state(seed: Array) -> TrainState:
         params = task.init(jax.random.key(seed))
@@ -123,7 +132,7 @@ def make_programs(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def mean_loss(params: Params, key: Array, tokens_BS: Array) -> Array:
-            return jnp.mean(token_losses(task, params, constants, key, tokens_BS))
+            return jnp.mean(losses(params, constants, key, tokens_BS))
 
         value_and_grad = _accumulated(jax.value_and_grad(mean_loss), accumulation)
         loss, grads = value_and_grad(state.params, key, tokens_BS)
@@ -141,6 +150,7 @@ def make_programs(
     placed = state_shardings(abstract, mesh, task.axes)
     batch = NamedSharding(mesh, BATCH)
     same = NamedSharding(mesh, PartitionSpec())
+    constants = same if task.placement is None else task.placement(mesh)
     functions: tuple[Callable[..., Any], ...] = (init_state, train_step, eval_step)
     if RUN in mesh.shape:
         placed, batch = of_lanes((placed, batch))
@@ -150,15 +160,18 @@ def make_programs(
         init_state=jax.jit(init, out_shardings=placed),
         train_step=jax.jit(
             on_mesh(mesh, step),
-            in_shardings=(placed, same, same, batch),
+            in_shardings=(placed, constants, same, batch),
             out_shardings=(placed, same),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            on_mesh(mesh, evaluation), in_shardings=(placed.params, same, batch), out_shardings=same
+            on_mesh(mesh, evaluation),
+            in_shardings=(placed.params, constants, batch),
+            out_shardings=same,
         ),
         batch_sharding=batch,
         state_sharding=placed,
+        constants_sharding=constants,
     )
 
 

@@ -88,6 +88,16 @@ def test_other_readers_see_the_same_numbers_and_words(tmp_path):
     assert by_pandas.loss.isna().tolist() == [False, True]
 
 
+def test_tables_of_before_there_were_checkpoints_are_read(tmp_path):
+    old = pd.DataFrame([dataclasses.asdict(ROW)]).drop(columns=["init", "teacher"])
+    old.to_csv(tmp_path / "a.csv", index=False)
+    old.to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text(json.dumps(old.to_dict("records")[0]) + "\n")
+    collected = collect(sorted(tmp_path.iterdir()))
+    assert not collected.left_out
+    assert collected.table.to_dict("records") == [dataclasses.asdict(ROW)]
+
+
 def test_a_csv_that_pandas_wrote_is_read(tmp_path):
     (path,) = saved(tmp_path, a=[row(), row(run_id="b", loss=NAN, status="diverged")])
     table = collect([path]).table
