@@ -9,7 +9,8 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo --workdir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist=loadscope -m "not slow and not slurm" --durations=20
+	$(BIN)/python -m pytest -n auto --dist=loadscope --no-loadscope-reorder \
+		-m "not slow and not slurm" --durations=20
 
 test-slurm: $(INSTALLED)
 	@which slurmctld slurmd sbatch munged >/dev/null || \

@@ -47,8 +47,9 @@ def stay_on(cores: Collection[int]) -> set[int]:
 
 
 def keep_compiled(folder: str) -> None:
-    """Lets all processes share what XLA compiled, through files."""
+    """Lets all processes share what XLA compiled, through files, unless they do so already."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -38,7 +38,7 @@ BRANCHES = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a corpus, prepared text and compiled programs, for all runs."""
+    """A folder with a corpus and prepared text, for all runs."""
     folder = tmp_path_factory.mktemp("kill")
     (folder / "corpus").mkdir()
     for index in range(60):
@@ -53,8 +53,6 @@ def start(place, name, *more):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [
         *(sys.executable, "-m", "launch.train", *SMALL),

@@ -1,6 +1,7 @@
 """The programs as a user calls them: bad input, a run that goes on, the demo in small."""
 
 import errno
+import functools
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from launch import demo, main
 from launch.experiment import Experiment
 from launch.lab import Lab
 from launch.sweeps import driving
+from qat import laws
 from qat.sweep import Sweep, axis, product
 from qat.training.results import read_rows
 
@@ -39,6 +41,7 @@ def small(corpus, **changes):
     config.batch_size = 8
     config.tokens = 1280
     config.model.width = 8
+    config.model.layers = 1
     config.evaluation_batches = 4
     config.update(changes)
     return config
@@ -203,6 +206,7 @@ def test_training_writes_a_row_once(corpus, tmp_path):
         "--config.batch_size=8",
         "--config.tokens=1280",
         "--config.model.width=8",
+        "--config.model.layers=1",
         "--config.mesh.data=8",
         f"--workdir={tmp_path / 'run'}",
         f"--data_dir={tmp_path / 'data'}",
@@ -258,6 +262,11 @@ def test_identity_covers_config_and_data(corpus, tmp_path):
     assert len(shapes) == 1
 
 
+def with_few_resamples(fit, *arguments, bootstrap, **options):
+    """A fit whose intervals, which are held elsewhere, take no time."""
+    return fit(*arguments, bootstrap=min(bootstrap, 50), **options)
+
+
 def test_the_demo_sweeps_fits_reports_and_goes_on(corpus, tmp_path, monkeypatch, capsys):
     grid = product(
         axis("model.width", (8, 16)),
@@ -267,6 +276,7 @@ def test_the_demo_sweeps_fits_reports_and_goes_on(corpus, tmp_path, monkeypatch,
     formats = ("int2/channel", "int3/channel", "int4/channel")
     sweep = Sweep(small(corpus).to_dict(), grid, ("rtn",), formats)
     monkeypatch.setattr(driving, "load", lambda path: sweep)
+    monkeypatch.setattr(laws, "fit", functools.partial(with_few_resamples, laws.fit))
     monkeypatch.setenv("XLA_FLAGS", "")  # for the workers
     workdir = tmp_path / "demo"
     arguments = ["demo", f"--workdir={workdir}", f"--data_dir={tmp_path / 'data'}"]

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 
+import jax
 import pytest
 
 from configs import experiment
@@ -22,7 +23,7 @@ WATCHING = Watching(tensorboard=False, wandb_project=None, profile=None, errors=
 
 @pytest.fixture(scope="module")
 def shared_lab(tmp_path_factory):
-    return Lab(tmp_path_factory.mktemp("data"))
+    return Lab(tmp_path_factory.mktemp("data"), devices=jax.devices()[:1])
 
 
 @pytest.fixture
