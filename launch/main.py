@@ -47,6 +47,7 @@ def run(
     main: Callable[[list[str]], int | None],
     required: Sequence[str] = (),
     config: Path | None = None,
+    keep_freed: bool = True,
 ) -> None:
     """Parses flags, runs `main`, and turns bad input into one line on standard error.
 
@@ -55,12 +56,15 @@ def run(
         required: flags that must be given.
         config: what --config is if it is not given. A default of the flag itself would be read
             before errors become lines.
+        keep_freed: whether to keep freed memory for the next step, which is the same as the last;
+            arrays of many sizes would be in pieces, and the process several times as large.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(number))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
         signal.signal(signal.SIGINT, lambda number, frame: _leave(number))
     logging.set_verbosity(logging.FATAL)  # errors are raised, and told in one line
-    cpu.keep_freed_memory()
+    if keep_freed:
+        cpu.keep_freed_memory()
     app.run(
         lambda argv: _guarded(main, argv),
         flags_parser=lambda argv: _parse_flags(_with_config(argv, config), required),

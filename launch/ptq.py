@@ -85,4 +85,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, required=("checkpoint", "workdir"))
+    run(main, required=("checkpoint", "workdir"), keep_freed=False)
