@@ -47,9 +47,9 @@ def stay_on(cores: Collection[int]) -> set[int]:
 
 
 def keep_compiled(folder: str) -> None:
-    """Lets all processes share what XLA compiled, through files, unless they do so already."""
+    """Lets all processes share what XLA compiled, by files, unless the environment says where."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
