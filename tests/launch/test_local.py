@@ -35,9 +35,9 @@ for line in sys.stdin:
     run = line.strip()
     with (folder / "order.txt").open("a") as order:
         order.write(f"{{core}} {{run}}\\n")
-    tell(event="trained", run=run, tokens=1.0)
     tries = folder / f"{{run}}.tries"
     tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+    tell(event="trained", run=run, tokens=1.0)
     if run.startswith("kills") or (run.startswith("once") and len(tries.read_text()) == 1):
         print("it hurts", file=sys.stderr, flush=True)
         os.kill(os.getpid(), 9)
