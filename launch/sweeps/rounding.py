@@ -132,10 +132,8 @@ class Rounding(Looks):
     ) -> Row:
         """The row of one method and format, whether or not it can be evaluated."""
         variant = Variant(method, quantizer)
-        policy = dataclasses.replace(self.experiment.policy, weights=quantizer)
-        experiment = dataclasses.replace(self.experiment, policy=policy)
         try:
-            losses = self.lab.evaluate(experiment, params, policy)
+            return self._measured(row, variant, params, plain)
         except OSError:
             raise
         except Exception as error:
@@ -144,6 +142,14 @@ class Rounding(Looks):
                 failures.note(self.workdir, what, error)
             nothing = np.full_like(plain, np.nan)
             return dataclasses.replace(rounded(row, variant, nothing, nothing), status="failed")
+
+    def _measured(
+        self, row: Row, variant: Variant, params: Params, plain: LossesOfSequences
+    ) -> Row:
+        """The row with the losses under a policy of other weights."""
+        policy = dataclasses.replace(self.experiment.policy, weights=variant.weights)
+        experiment = dataclasses.replace(self.experiment, policy=policy)
+        losses = self.lab.evaluate(experiment, params, policy)
         row = rounded(row, variant, losses, losses - plain)
         return row if math.isfinite(row.loss) else dataclasses.replace(row, status="diverged")
 

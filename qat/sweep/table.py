@@ -220,7 +220,7 @@ def _other_columns(names: list[str]) -> tuple[str, ...]:
         ValueError: one that they have is missing, or there twice.
     """
     others = tuple(name for name in names if name not in _TYPES)
-    if set(_TYPES) <= set(names):
+    if _TYPES.keys() - DEFAULTS.keys() <= set(names):
         names = [name for name in names if name in _TYPES]
     _check_fields(names)
     return others
@@ -242,8 +242,9 @@ def _from_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise ValueError(f"torn: expected {len(header)} cells, got {len(cells)}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for name in header:
-        kind = _TYPES[name]
+    for name, kind in _TYPES.items():
+        if name not in row:
+            continue
         try:
             row[name] = math.nan if kind is float and not row[name] else kind(row[name])
         except ValueError:
