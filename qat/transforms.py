@@ -96,22 +96,31 @@ class InputTransform:
         exact_K = self.exact_K if other.exact_K is None else other.exact_K
         return InputTransform((*self.steps, *other.steps), exact_K)
 
-    def applied(
-        self, x: Array, axes: Axes, policy: Policy, key: jax.Array | None
-    ) -> tuple[Array, Policy]:
-        """Inputs as the contraction takes them, and what of the policy is left to do.
+    def inputs(self, x: Array, axes: Axes) -> Array:
+        """Inputs after all steps.
 
         Args:
             x: inputs.
             axes: their contraction axes, which are flattened in this order to features.
+        """
+        for step in self.steps:
+            x = _along(step.inputs, x, axes)
+        return x
+
+    def around_exact(
+        self, x: Array, axes: Axes, policy: Policy, key: jax.Array | None
+    ) -> tuple[Array, Policy]:
+        """Inputs quantized but for exact features, if any, and what of the policy is left to do.
+
+        Args:
+            x: inputs after all steps.
+            axes: as in `inputs`.
             policy: of the contraction.
             key: for stochastic rounding.
 
         Raises:
             ValueError: some features stay exact in a native policy, which has one product only.
         """
-        for step in self.steps:
-            x = _along(step.inputs, x, axes)
         if self.exact_K is None or policy.activations is None:
             return x, policy
         if policy.mode == "native":

@@ -33,7 +33,7 @@ def test_products_stay_what_they_were(features, seed, order):
         changed_KN = step.weights(changed_KN)
     axes = tuple(range(1, x.ndim))
     for moved, moved_axes in ((x, axes), (jnp.moveaxis(x, 0, -1), tuple(a - 1 for a in axes))):
-        inputs, _ = transform.applied(moved, moved_axes, qat.Policy(), None)
+        inputs = transform.inputs(moved, moved_axes)
         product = jnp.tensordot(
             inputs, changed_KN.reshape(*features, 7), (moved_axes, tuple(range(len(features))))
         )
@@ -45,7 +45,7 @@ def test_exact_features_pass_and_the_rest_is_quantized_without_them():
     x = jax.random.normal(jax.random.key(0), (4, 6)).at[:, 2].mul(1000)
     exact_K = jnp.arange(6) == 2
     policy = qat.Policy(activations="int4/token")
-    inputs, left = InputTransform((), exact_K).applied(x, (1,), policy, None)
+    inputs, left = InputTransform((), exact_K).around_exact(x, (1,), policy, None)
     assert left.activations is None
     np.testing.assert_array_equal(inputs[:, 2], x[:, 2])
     rest = qat.fake_quant(x.at[:, 2].set(0), policy.activations, axis=1)
@@ -55,4 +55,4 @@ def test_exact_features_pass_and_the_rest_is_quantized_without_them():
 def test_native_products_have_no_exact_features():
     policy = qat.Policy.parse("w8a8, native")
     with pytest.raises(ValueError, match="mode 'native' with features that stay unquantized"):
-        InputTransform((), jnp.ones(6, bool)).applied(jnp.ones((4, 6)), (1,), policy, None)
+        InputTransform((), jnp.ones(6, bool)).around_exact(jnp.ones((4, 6)), (1,), policy, None)

@@ -26,6 +26,7 @@ from qat.linen.state import input_transform, noise_key, with_range, with_scale, 
 from qat.policy import Policy
 from qat.quantization import fake_quant
 from qat.quantizer import Quantizer
+from qat.transforms import InputTransform
 
 Call = Callable[..., Any]  # the layer's own method, bound
 
@@ -210,14 +211,12 @@ def _dot_general(module: nn.Module, policy: Policy) -> DotGeneral:
         out_sharding: Any = None,
     ) -> jax.Array:
         (lhs_axes, rhs_axes), _ = dimension_numbers
-        if (transform := input_transform(module)) is None:
-            left = policy
-        else:
-            key = _key(module, policy.activations)
-            lhs, left = transform.applied(lhs, tuple(lhs_axes), policy, key)
-        full = with_state(module, left, lhs, rhs, rhs_axes)
+        transform = input_transform(module) or InputTransform()
+        lhs = transform.inputs(lhs, tuple(lhs_axes))
+        full, key = with_state(module, policy, lhs, rhs, rhs_axes), _noise(module, policy)
+        lhs, left = transform.around_exact(lhs, tuple(lhs_axes), full, key)
         with _marked(policy, *_PROJECTION):
-            dot = dot_general(full, _noise(module, left))
+            dot = dot_general(left, key)
             return dot(
                 lhs,
                 rhs,

@@ -134,12 +134,12 @@ class DotGeneral(Slot):
     ) -> jax.Array:
         """Contracts as `jax.lax.dot_general` does, under the policy in the state."""
         (lhs_axes, rhs_axes), _ = dimension_numbers
-        policy, key = self.filled_policy(), self.key.get_value()
-        if self.transform is not None:
-            transform = self.transform.get_value()
-            lhs, policy = transform.applied(lhs, tuple(lhs_axes), policy, key)
+        transform = InputTransform() if self.transform is None else self.transform.get_value()
+        lhs = transform.inputs(lhs, tuple(lhs_axes))
         self.observe("activations", lhs, tuple(lhs_axes))
         self.observe("weights", rhs, tuple(rhs_axes))
+        key = self.key.get_value()
+        lhs, policy = transform.around_exact(lhs, tuple(lhs_axes), self.filled_policy(), key)
         with self.scope():
             dot = dot_general(policy, key)
             return dot(lhs, rhs, dimension_numbers, *args, **kwargs)
@@ -188,15 +188,15 @@ class FakeQuant(Slot):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Quantizes, between a rotation and its inverse if it has one; shape and dtype stay."""
-        (operand,) = self.operands
-        quantizer = self.quantizer(operand)
-        if quantizer is None or self.rotation_seed is None:
-            return self._quantized(operand, quantizer, x)
+        if self.rotation_seed is None:
+            return self._quantized(x)
         rotation = Rotation.of(x.shape[-1], self.rotation_seed)
-        return rotation.inverse(self._quantized(operand, quantizer, rotation.apply(x, -1)), -1)
+        return rotation.inverse(self._quantized(rotation.apply(x, -1)), -1)
 
-    def _quantized(self, operand: str, quantizer: Quantizer | None, x: jax.Array) -> jax.Array:
+    def _quantized(self, x: jax.Array) -> jax.Array:
+        (operand,) = self.operands
         self.observe(operand, x, -1)
+        quantizer = self.quantizer(operand)  # with what was just observed
         return x if quantizer is None else fake_quant(x, quantizer, -1, self.key.get_value())
 
 

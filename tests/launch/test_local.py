@@ -139,6 +139,17 @@ def test_a_run_whose_worker_is_told_to_leave_goes_on_in_another(pool, tmp_path):
     assert kinds == ["ready", "trained", "left", "ready", "trained", "done"]
 
 
+@pytest.fixture
+def heeded_signals():
+    """Handlers as in a terminal; what is started behind a shell's & ignores Ctrl-C."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_workers_save_and_begins_nothing_more(pool, tmp_path, number):
     heard = []
@@ -168,7 +179,8 @@ def test_a_worker_that_does_not_leave_is_ended(pool, monkeypatch):
 
 
 def test_a_second_signal_does_not_wait():
-    program = "import time; from launch import main\n"
+    program = "import signal, time; from launch import main\n"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     program += "with main.stopping(lambda: print('asked', flush=True)):\n"
     program += "    print('ready', flush=True); time.sleep(60); time.sleep(60)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

