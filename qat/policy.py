@@ -14,7 +14,7 @@ know the tokens that come later.
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -144,6 +144,10 @@ class Policy:
         """The policy of these operands alone."""
         kept = {operand: getattr(self, operand) for operand in operands}
         return Policy(**kept, mode=self.mode)
+
+    def without(self, operands: Collection[str]) -> "Policy":
+        """The policy with these operands unquantized."""
+        return self.restricted(name for name in self.operands() if name not in operands)
 
     def traced(self) -> "Policy":
         """The same policy with its formats as data; a native one stays, as it needs their names."""

@@ -1,6 +1,5 @@
 """Input transforms of layers: they go into the same slots as policies."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -67,14 +66,15 @@ def exact_features(model: nnx.Module, path: str) -> jax.Array | None:
     return slot.transform.get_value().exact_K
 
 
-def remove_weight_quantizers(model: nnx.Module, paths: Collection[str]) -> None:
-    """Takes the quantizers of their weights from layers; in place."""
+def remove_quantizers(model: nnx.Module, paths: Collection[str], operands: Collection[str]) -> None:
+    """Takes the quantizers of some operands, such as "weights", from layers; in place."""
     for path, slot in _nodes(model).items():
         if not isinstance(slot, DotGeneral) or path.rpartition("/")[0] not in paths:
             continue
         stack, policy = stack_of(slot), slot.policy.get_value()
-        slot.policy.set_value(dataclasses.replace(policy, weights=None))
-        slot.weights_value = nnx.data(None)  # type: ignore[attr-defined]
+        slot.policy.set_value(policy.without(operands))
+        for operand in operands:
+            setattr(slot, f"{operand}_value", nnx.data(None))
         if not jax.tree.leaves(slot.policy.get_value()):
             slot.mark = nnx.data(StackMark(stacked(jnp.zeros(1, jnp.bool_), stack)))
 

@@ -56,8 +56,8 @@ def quantize(
         model: any NNX module, or a pair (Linen module, variables); it stays as it is.
         method: such as "rtn", "gptq", "awq" or "quarot+gptq".
         quantizer: of the weights, along their contraction axes, or its spelling.
-        calibration: inputs of the model, batches of one shape. "rtn", "hqq" and "quarot" do
-            without on an NNX model.
+        calibration: inputs of the model, batches of one shape. "rtn" and "hqq" do without
+            on an NNX model.
         skip: regular expression; layers whose whole path matches stay unquantized. None skips none.
         call: (model, batch) → anything, how a batch runs; None is ``model(batch)``.
         settings: numbers of the methods; None is `Settings()`.
@@ -82,17 +82,21 @@ def quantize(
         )
     subject = _model_of(model, call or _call, batches)
     kept = _kept_layers(subject, skip)
-    subject = subject.with_unquantized_weights([p for p in subject.parameters if p not in kept])
-    stream = _stream_of(subject, batches)
-    found, reasons = _find(subject, stream)
+    bare = subject.without_quantizers(
+        [p for p in subject.parameters if p not in kept], ("weights",)
+    )
+    found, reasons = _find(bare, _stream_of(bare, batches))
     targets = {path: weights for path, weights in found.items() if path not in kept}
     _check(subject, quantizer, found, targets, skip)
+    subject = subject.without_quantizers(targets, ("weights",))
+    fixed = _not_transformed(subject, targets) if parsed.transformations else {}
+    movable = {path: weights for path, weights in targets.items() if path not in fixed}
     for name in parsed.transformations:
-        subject = Transformation(quantizer, settings).apply(name, subject, targets, stream)
-        stream = _stream_of(subject, batches)
+        seen = _stream_of(subject.without_quantizers(movable, ("activations",)), batches)
+        subject = Transformation(quantizer, settings).apply(name, subject, movable, seen)
     rounding = Rounding(parsed.rounding, quantizer, settings)
-    subject, rounded = rounding.apply(subject, targets, stream)
-    reports = {report.path: report for report in rounded}
+    subject, rounded = rounding.apply(subject, targets, _stream_of(subject, batches))
+    reports = {report.path: _with_reason(report, fixed.get(report.path)) for report in rounded}
     reasons |= dict.fromkeys(kept & found.keys(), f"skipped by {skip!r}")
     for path, value in subject.parameters.items():
         if path not in reports:
@@ -160,6 +164,20 @@ def _find(model: Model, stream: Stream | None) -> tuple[dict[str, list[Weight]],
         else:
             reasons[path] = weight_or_reason
     return found, reasons
+
+
+def _not_transformed(model: Model, targets: Mapping[str, Sequence[Weight]]) -> dict[str, str]:
+    """Why the inputs of some weights cannot be transformed, by path."""
+    reasons = {}
+    for path, (weight, *_) in targets.items():
+        several = "its experts share a layer" if weight.batch else None
+        if (reason := several or model.objection(path)) is not None:
+            reasons[path] = f"inputs not transformed: {reason}"
+    return reasons
+
+
+def _with_reason(report: ParameterReport, more: str | None) -> ParameterReport:
+    return dataclasses.replace(report, reason="; ".join(filter(None, (report.reason, more))))
 
 
 def _check(

@@ -86,16 +86,16 @@ class LinenModel:
         converted = dataclasses.replace(self, module=self._converted)
         return converted._with_collection(TRANSFORMS, unflatten_dict(held))
 
-    def with_unquantized_weights(self, paths: Collection[str]) -> "LinenModel":
+    def without_quantizers(self, paths: Collection[str], operands: Collection[str]) -> "LinenModel":
         """Rules of these layers come first."""
         rules = rules_of(self.module)
         if rules is None:
             return self
         layers = [(layer, rules.policy_for(layer)) for layer in map(_layer, paths)]
         bare = [
-            (re.escape(layer), dataclasses.replace(policy, weights=None))
+            (re.escape(layer), policy.without(operands))
             for layer, policy in layers
-            if policy is not None and policy.weights is not None
+            if policy is not None and any(getattr(policy, operand) for operand in operands)
         ]
         module, _ = quantize_model(self.module, Rules([*bare, *rules.rules]))
         return dataclasses.replace(self, module=module)

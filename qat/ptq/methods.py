@@ -12,7 +12,9 @@ from qat.spelling import expected_instead, expected_one_of
 TRANSFORMATIONS = ("smoothquant", "awq", "quarot", "llm_int8")
 ROUNDINGS = ("rtn", "gptq", "hqq")
 METHODS = (*ROUNDINGS, *TRANSFORMATIONS)
-NEED_DATA = ("gptq", "smoothquant", "awq", "llm_int8")
+NEED_DATA = ("gptq", *TRANSFORMATIONS)  # whose layers are found in a trace
+
+_LAST = "llm_int8"  # it names inputs, which other transformations would mix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Method:
         if early:
             rest = "+".join([name for name in names if name not in ROUNDINGS] + early[:1])
             raise ValueError(f"method {text!r}: one rounding comes last; nearest is {rest!r}")
+        if _LAST in names[:-1]:
+            rest = "+".join([*(name for name in names if name != _LAST), _LAST])
+            raise ValueError(
+                f"method {text!r}: {_LAST} follows what moves inputs; nearest is {rest!r}"
+            )
         return cls(tuple(names), rounding)
 
     @property

@@ -46,8 +46,8 @@ class Model(Protocol):
         """
         ...
 
-    def with_unquantized_weights(self, paths: Collection[str]) -> "Model":
-        """Without quantizers of their own on these weights, which are about to be rounded."""
+    def without_quantizers(self, paths: Collection[str], operands: Collection[str]) -> "Model":
+        """Without the quantizers of some operands, such as "weights", in these weights' layers."""
         ...
 
     def with_rotated_cache(self, seed: int) -> "Model":

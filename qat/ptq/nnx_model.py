@@ -13,7 +13,7 @@ from qat.nnx.transforms import (
     add_input_transforms,
     dense_layers,
     exact_features,
-    remove_weight_quantizers,
+    remove_quantizers,
     rotate_caches,
     transform_objection,
 )
@@ -86,9 +86,9 @@ class NnxModel:
         by_layer = {_layer(path): transform for path, transform in transforms.items()}
         return self._changed(add_input_transforms, by_layer)
 
-    def with_unquantized_weights(self, paths: Collection[str]) -> "NnxModel":
+    def without_quantizers(self, paths: Collection[str], operands: Collection[str]) -> "NnxModel":
         """In the slots of a copy's layers."""
-        return self._changed(remove_weight_quantizers, {_layer(path) for path in paths})
+        return self._changed(remove_quantizers, {_layer(path) for path in paths}, operands)
 
     def with_rotated_cache(self, seed: int) -> "NnxModel":
         """Queries and probabilities stay."""

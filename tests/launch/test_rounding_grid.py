@@ -57,7 +57,7 @@ def test_what_is_asked_for_twice_is_there_once():
 
 
 def test_which_methods_see_text():
-    assert not Variant("quarot+rtn", variants(["rtn"], ["int4"], ["w"])[0].weights).needs_text
+    assert not Variant("hqq", variants(["rtn"], ["int4"], ["w"])[0].weights).needs_text
     assert Variant("quarot+gptq", variants(["rtn"], ["int4"], ["w"])[0].weights).needs_text
     assert not ORIGINAL.needs_text
     assert str(ORIGINAL) == "original"

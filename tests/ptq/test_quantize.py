@@ -206,6 +206,10 @@ def test_weights_of_a_quantized_model_are_rounded_once(mlp):
             r"'gptq\+quarot': one rounding comes last; nearest is 'quarot\+gptq'",
         ),
         ({"method": "awq+awq"}, "names 'awq' twice"),
+        (
+            {"method": "llm_int8+quarot"},
+            r"follows what moves inputs; nearest is 'quarot\+llm_int8'",
+        ),
         ({"method": "gptq", "calibration": ()}, "'gptq' looks at the inputs of layers"),
         ({"quantizer": "none"}, "leaves weights as they are"),
         ({"quantizer": "int4/learned"}, "'int4/tensor/learned': a learned scale is trained"),
@@ -237,6 +241,72 @@ def test_a_dead_input_is_rounded_to_nearest_and_few_tokens_are_named(mlp):
     undamped = dataclasses.replace(Settings(), gptq=Gptq(damping=0.0))
     with pytest.raises(ValueError, match=r"layer layers/0: .*singular with damping 0\.0"):
         qat.ptq.quantize(mlp, "gptq", "int4", [batches()[0][:4]], settings=undamped)
+
+
+class HalfMine(nnx.Module):
+    """A layer of Flax, and a product of its own."""
+
+    def __init__(self):
+        self.first = nnx.Linear(24, 16, rngs=nnx.Rngs(0))
+        self.mine = nnx.Param(jax.random.normal(jax.random.key(1), (16, 8)))
+
+    def __call__(self, x):
+        return jax.nn.relu(self.first(x)) @ self.mine[...]
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "quarot", "awq"])
+def test_inputs_of_a_product_that_no_layer_holds_stay_as_they_are(method):
+    model, x = HalfMine(), batches(seed=5)[0]
+    quantized, report = qat.ptq.quantize(model, method, "int16/channel", batches())
+    assert error(quantized, x, model(x)) < 1e-3
+    reasons = {line.path: line.reason for line in report if line.quantized}
+    assert "inputs not transformed: no dense layer" in reasons["mine"]
+    assert "not transformed" not in reasons["first/kernel"]
+
+
+class Block(nn.Module):
+    """A layer that is scanned."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(24)(x)), None
+
+
+class ScannedMlp(nn.Module):
+    """A stack whose scan hands no transform to its layers, and a layer behind it."""
+
+    @nn.compact
+    def __call__(self, x):
+        scanned = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(8)(scanned()(x, None)[0])
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "quarot"])
+def test_a_linen_scan_keeps_its_function(method):
+    module, x = ScannedMlp(), batches(seed=5)[0]
+    variables = module.init(jax.random.key(0), x)
+    (other, changed), report = qat.ptq.quantize(
+        (module, variables), method, "int16/channel", batches()
+    )
+    expected = module.apply(variables, x)
+    np.testing.assert_allclose(other.apply(changed, x), expected, rtol=2e-3, atol=2e-2)
+    reasons = {line.path: line.reason for line in report if line.quantized}
+    assert "an nn.scan keeps the transform" in reasons["ScanBlock_0/Dense_0/kernel"]
+    assert "not transformed" not in reasons["Dense_0/kernel"]
+
+
+def test_quantizers_of_weights_that_are_not_rounded_stay():
+    class Lookup(nnx.Module):
+        def __init__(self):
+            self.embed = qat.nnx.Embed(10, 24, policy="w2", rngs=nnx.Rngs(0))
+            self.out = nnx.Linear(24, 8, rngs=nnx.Rngs(1))
+
+        def __call__(self, tokens):
+            return self.out(self.embed(tokens))
+
+    model = Lookup()
+    quantized, _ = qat.ptq.quantize(model, "gptq", "int8/channel", [jnp.arange(10)])
+    np.testing.assert_array_equal(quantized.embed(jnp.arange(10)), model.embed(jnp.arange(10)))
 
 
 def test_methods_are_spelled_in_one_way():
