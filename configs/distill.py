@@ -6,28 +6,22 @@ Expected: of configs/tiny.py trained on 12 million tokens (1.354 nats per byte; 
 library), rounded to w2 5.71 and w3 2.10, the students lose 2.10 and 1.60 at the rates given here;
 w2 learns more at higher rates (2.00 at a third of the checkpoint's peak), w3 at lower ones (1.58).
 
-Shape, size rule and text are the checkpoint's. Its own text is what the student is evaluated on;
-what it learns from the teacher writes. The paper trains LLaMA on 100,000 sequences of 2048 tokens,
-once, with AdamW without decay at 2e-5, a fifteenth of LLaMA's own peak of 3e-4.
+What is empty here is the checkpoint's own, as in configs/finetune.py. Its text is what the student
+is evaluated on; what it learns from the teacher writes. The paper trains LLaMA on 100,000 sequences
+of 2048 tokens, once, with AdamW without decay at 2e-5, a fifteenth of LLaMA's own peak of 3e-4.
 """
 
 import ml_collections
 
-from configs import experiment
+from configs import finetune
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The experiment."""
-    config = experiment.get_config()
-    for key in ("init", "teacher", "model", "scaling"):
+    config = finetune.get_config()
+    for key in ("init", "teacher"):
         del config[key]
-    config.learning_rate = 0.0  # 0 is a tenth of the peak that the checkpoint was trained with
     config.weight_decay = 0.0
-
-    config.data.source = ""  # of evaluation; "" is the checkpoint's own
-    config.data.sequence_length = 0  # tokens; 0 is the checkpoint's own
-    config.data.tokenizer = ""  # always the checkpoint's own
-    config.data.validation_fraction = 0.0  # 0 is the checkpoint's own
 
     config.writing = ml_collections.ConfigDict()  # see launch.own_text
     config.writing.sequences = 8192  # those of validation, a share as of the data, among them

@@ -11,8 +11,8 @@ def get_config() -> ml_collections.ConfigDict:
     """An experiment of no particular size."""
     config = ml_collections.ConfigDict()
     config.policy = "none"  # see qat.Policy.parse
-    config.init = ""  # workdir of a finished run whose parameters to begin with; "" is random ones
-    config.teacher = ""  # workdir of one whose soft labels to learn; "" is the text's own tokens
+    config.init = ""  # folder of a model to begin with, see launch.checkpoints; "" is a random one
+    config.teacher = ""  # of one whose soft labels to learn; "" is the text's own tokens
     config.tokens = 1_000_000  # training tokens; rounded down to whole batches
     config.batch_size = 32  # sequences
     config.accumulation = 1  # parts of a batch whose gradients are averaged one after another

@@ -1,12 +1,18 @@
-"""Teaches a checkpoint's low-precision student by text that the checkpoint itself writes (LLM-QAT).
+r"""Teaches a checkpoint's low-precision student by text that the checkpoint writes (LLM-QAT).
 
     python -m launch.distill --checkpoint=runs/full --config.policy=w4a8kv4 --workdir=runs/w4
 
 No text is needed to learn from: the checkpoint, in full precision, writes it, once for all
 policies, and what the student learns are the checkpoint's soft labels. The checkpoint is the
-workdir of a finished run of `launch.train` with policy `none`; the student has its shape, begins
-with its parameters and is evaluated on its validation text. Keys of the config are explained in
-configs/distill.py.
+workdir of a finished run of `launch.train` with policy `none`, or a model that `launch.pretrained`
+converted; the student has its shape and tokenizer, begins with its parameters and is evaluated on
+its validation text. A converted model has none, and knows neither length nor rate:
+
+    python -m launch.distill --checkpoint=runs/smollm2 --config.policy=w4a8kv4 \
+        --config.data.source=folder:PATH --config.data.sequence_length=256 \
+        --config.learning_rate=2e-5 --workdir=runs/w4
+
+Keys of the config are explained in configs/distill.py.
 
 The run is one like those of `launch.train`: the same command goes on after a stop, also amid the
 writing, `rows.jsonl` has the result with `init` and `teacher` in it, `curve.csv` the cross entropy
@@ -30,7 +36,9 @@ config_flags.DEFINE_config_file(
     "config", None, "How to distill; configs/distill.py, which explains its keys, if not given."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Workdir of the finished run to start from and to learn from (required)."
+    "checkpoint",
+    None,
+    "Workdir of launch.train or launch.pretrained, to start from and to learn from (required).",
 )
 flags.adopt_module_key_flags(options)
 

@@ -127,6 +127,11 @@ class Experiment:
         return hash_of(self.config)
 
 
+def has_shape(config: Mapping[str, Any]) -> bool:
+    """Whether a config says how large its model is; else a checkpoint does, see `launch.origin`."""
+    return "width" in config.get("model", {})
+
+
 def _tokens_per_step(config: Mapping[str, Any]) -> int:
     tokens: int = config["batch_size"] * config["data"]["sequence_length"]
     return tokens
@@ -205,10 +210,10 @@ def _check(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a number is out of range, or a part is missing.
     """
-    if "model" not in config:
+    if not has_shape(config):
         raise ValueError(
-            "the config has no model: a student's, as configs/distill.py, is for "
-            "launch.distill; expected one like configs/tiny.py"
+            "the config has no shape: one like configs/finetune.py wants --config.init=CHECKPOINT, "
+            "one like configs/distill.py is for launch.distill; expected one like configs/tiny.py"
         )
     if "writing" in config and "teacher" not in config:
         raise ValueError("writing: expected a teacher that writes; launch.distill names one")

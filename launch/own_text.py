@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt
 
-from launch.origin import Origin
+from launch.checkpoints import Checkpoint
 from launch.progress import Meter
 from models.generation import Sampling, generate
 from models.task import model_of
@@ -36,12 +36,12 @@ from qat.training.results import hash_of
 
 
 def written(
-    origin: Origin, dataset: TextDataset, settings: Mapping[str, Any], data_dir: Path
+    teacher: Checkpoint, dataset: TextDataset, settings: Mapping[str, Any], data_dir: Path
 ) -> TextDataset:
     """Text that a model has written, prepared like any other.
 
     Args:
-        origin: the model, which writes in full precision.
+        teacher: the model, which writes in full precision.
         dataset: text of the same tokenizer and sequence length, split in the same proportion.
         settings: see `configs.distill`, `writing`.
         data_dir: where prepared text is kept.
@@ -52,13 +52,13 @@ def written(
     """
     _check(settings)
     length, fraction = dataset.sequence_length, dataset.validation_fraction
-    identity = {"by": origin.fingerprint, "tokens": length, "split": fraction, **settings}
+    identity = {"by": teacher.fingerprint, "tokens": length, "split": fraction, **settings}
     key = hash_of(identity)
     path = packed_text.directory(data_dir, f"written-t{length}-{key}")
     if not packed_text.is_prepared(path):
         parts = data_dir / f"writing.{key}"
-        _write_parts(parts, origin, settings, length)
-        agree(lambda: _pack(path, parts, origin, dataset, settings, key))
+        _write_parts(parts, teacher, settings, length)
+        agree(lambda: _pack(path, parts, teacher, dataset, settings, key))
     return load(path)
 
 
@@ -72,9 +72,11 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"writing.greedy = {greedy}: expected (least, most), such as (3, 5)")
 
 
-def _write_parts(folder: Path, origin: Origin, settings: Mapping[str, Any], length: int) -> None:
+def _write_parts(
+    folder: Path, teacher: Checkpoint, settings: Mapping[str, Any], length: int
+) -> None:
     """This process's batches, those that are not there yet."""
-    model = model_of(origin.model, None, origin.params)
+    model = model_of(teacher.config, None, teacher.params)
     size = settings["batch_size"]
     count = -(-settings["sequences"] // size)
     with Meter("Writing", count * size, "sequences") as meter:
@@ -110,7 +112,7 @@ def batch_of(
 def _pack(
     path: Path,
     parts: Path,
-    origin: Origin,
+    teacher: Checkpoint,
     dataset: TextDataset,
     settings: Mapping[str, Any],
     key: str,
@@ -127,9 +129,9 @@ def _pack(
         path,
         documents(),
         dataset.sequence_length + 1,
-        origin.model.vocabulary,
+        teacher.config.vocabulary,
         {
-            "source": f"written:{origin.name}",
+            "source": f"written:{teacher.name}",
             "fingerprint": key,
             "tokenizer": dataset.tokenizer.to_json(),
             "sequence_length": dataset.sequence_length,

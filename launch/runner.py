@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from launch.checkpoints import CHECKPOINTS
 from launch.experiment import Experiment
 from launch.lab import Lab, LossesOfSequences
 from launch.progress import Tally
@@ -38,7 +39,6 @@ from qat.training.wandb import WeightsAndBiases
 
 ROWS = "rows.jsonl"
 CURVE = "curve.csv"
-CHECKPOINTS = "checkpoints"
 _Milestone = tuple[int, int, Schedule | None]
 
 

@@ -1,10 +1,15 @@
-"""Trains one model and writes its result row.
+r"""Trains one model and writes its result row.
 
     python -m launch.train --config=configs/tiny.py --config.policy=w4a8 --workdir=runs/a
 
 Any key of the config can be set on the command line. `--config.init=DIR` begins with the parameters
-of a finished run, as when a full-precision model is fine-tuned to ternary weights by
-`--config.policy=bitnet`; `--config.teacher=DIR` learns another's soft labels.
+of a finished run or of what `launch.pretrained` converted, as when a full-precision model is
+fine-tuned to ternary weights by `--config.policy=bitnet`; `--config.teacher=DIR` learns another's
+soft labels. configs/finetune.py takes shape and tokenizer from there too:
+
+    python -m launch.train --config=configs/finetune.py --config.init=runs/smollm2 \
+        --config.policy=w4 --config.data.source=folder:PATH --config.data.sequence_length=256 \
+        --config.learning_rate=2e-5 --workdir=runs/w4
 
 A workdir belongs to one configuration; run the same command again to go on where it stopped,
 however it stopped. It holds `rows.jsonl` with the results, `curve.csv` with loss, gradient norm and

@@ -74,7 +74,7 @@ def _study(options: Options, asked: Sequence[Variant]) -> tuple[Study, dict[str,
     Raises:
         ValueError, OSError: the model cannot be opened, or a text not be prepared.
     """
-    subject = open_subject(options.checkpoint, options.data_dir)
+    subject = open_subject(options.checkpoint)
     library = Library(subject.checkpoint, options.data_dir, functools.partial(print, flush=True))
     sequences, length = options.sequences or library.sequences, options.length or library.length
     sources = options.texts or ((library.own,) if library.own else ())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -14,7 +15,6 @@ from launch.checkpoints import UNKNOWN, Checkpoint, open_checkpoint
 from models.task import model_of
 from models.transformer import Transformer, TransformerConfig, split
 from qat.policy import Policy
-from qat.spelling import nearest
 from qat.training.results import UNQUANTIZED_BITS, Row, package_versions
 
 
@@ -43,7 +43,8 @@ class Subject:
     def model(self, policy: Policy | None) -> Transformer:
         """The model at a policy's precision; learned scales it has no use for are left out."""
         shapes = jax.eval_shape(lambda: split(_built(self.config, policy))[1])
-        return model_of(self.config, policy, _picked(shapes, self.checkpoint.params))
+        params = _picked(shapes, self.checkpoint.params)
+        return model_of(self.config, policy, jax.tree.map(jnp.asarray, params))
 
     @functools.cached_property
     def size(self) -> int:
@@ -55,17 +56,13 @@ class Subject:
         return count - twice
 
 
-def open_subject(folder: Path, data_dir: Path) -> Subject:
+def open_subject(folder: Path) -> Subject:
     """Opens a finished run, or a model that was converted.
 
     Raises:
         OSError, ValueError: as `open_checkpoint`; or the run diverged or is not finished.
     """
-    if not folder.is_dir():
-        beside = [str(each) for each in sorted(folder.absolute().parent.glob("*/"))]
-        near = f"; nearest is {nearest(folder, beside)!r}" if beside else ""
-        raise ValueError(f"checkpoint {str(folder)!r}: there is no such folder{near}")
-    checkpoint = open_checkpoint(folder, data_dir)
+    checkpoint = open_checkpoint(folder)
     if checkpoint.experiment is None:
         return Subject(checkpoint, _row_of_converted(checkpoint))
     if checkpoint.row is None or checkpoint.row.status != "ok":

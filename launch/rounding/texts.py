@@ -104,7 +104,7 @@ class Library:
             source,
             length,
             self.data_dir,
-            tokenizer=self.checkpoint.tokenizer,
+            tokenizer=self.checkpoint.tokenizer(self.data_dir),
             validation_fraction=fraction,
             on_progress=self.say,
         )

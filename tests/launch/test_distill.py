@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import distill, experiment
+from configs import distill, experiment, finetune
 from launch import origin, own_text, training
+from launch.checkpoints import open_checkpoint
 from launch.experiment import Experiment
 from launch.lab import Lab, blank_constants
 from launch.runner import Saving, Watching
@@ -74,8 +75,8 @@ def student(folder, **changes):
     config.evaluation_batches = 4
     config.writing.sequences = 40
     config.writing.batch_size = 16
-    config.update(changes)
-    return origin.student_of(str(folder), config.to_dict())
+    config.update_from_flattened_dict(changes)
+    return origin.resolved(origin.student_of(str(folder), config.to_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def content(folder):
 
 
 def test_a_run_begins_with_the_parameters_of_another(train, full, lab, corpus, tmp_path):
-    pinned = origin.resolved({"init": str(full)})["init"]
+    pinned = origin.resolved({**small(corpus), "init": str(full)})["init"]
     run = Experiment.from_config({**small(corpus), "init": pinned, "policy": "w4"})
-    assert_same(lab.fresh(run).params, origin.open_run(str(full)).params)
+    assert_same(lab.fresh(run).params, open_checkpoint(full).params)
     assert train(tmp_path / "fine", init=str(full), learning_rate=1e-9) == 0
     (row,) = read_rows(tmp_path / "fine").itertuples()
     (before,) = read_rows(full).itertuples()
@@ -140,7 +141,7 @@ def test_identity_covers_the_parameters_a_run_begins_with(train, full, corpus, t
         found = Experiment.from_config(origin.resolved({**small(corpus), "init": path}))
         resolved.append(found)
         shutil.rmtree(path)
-        origin._fingerprint.cache_clear()
+        origin._summary.cache_clear()
     assert len({each.config_hash for each in resolved}) == 5
 
 
@@ -152,16 +153,45 @@ def test_runs_without_a_checkpoint_are_who_they_were(corpus):
     assert runs[0].size == runs[1].size
 
 
-def test_a_stopped_run_goes_on_without_what_it_began_with(train, full, stopping, tmp_path):
-    shutil.copytree(full, tmp_path / "lent")
-    assert train(tmp_path / "whole", init=str(tmp_path / "lent")) == 0
+def tuned(folder, **changes):
+    """A config that follows a checkpoint; what it leaves open is the checkpoint's."""
+    config = finetune.get_config()
+    config.init = str(folder)
+    config.batch_size = 8
+    config.tokens = 24 * STEP
+    config.evaluation_batches = 4
+    config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_stopped_run_goes_on_without_what_it_began_with(
+    train, full, corpus, stopping, tmp_path, follows
+):
+    lent = tmp_path / "lent"
+    shutil.copytree(full, lent)
+    config = tuned(lent) if follows else {**small(corpus), "init": str(lent)}
+    assert train(tmp_path / "whole", base=dict(config)) == 0
     stopping(9)
-    assert train(tmp_path / "run", init=str(tmp_path / "lent")) == 75
-    shutil.rmtree(tmp_path / "lent")
-    origin._fingerprint.cache_clear()
-    codes = [train(tmp_path / "run", init=str(tmp_path / "lent")) for _ in range(3)]
+    assert train(tmp_path / "run", base=dict(config)) == 75
+    shutil.rmtree(lent)
+    origin._summary.cache_clear()
+    codes = [train(tmp_path / "run", base=dict(config)) for _ in range(3)]
     assert codes[-1] == 0
     assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_config_that_follows_says_what_the_same_run_would(full, corpus):
+    config = small(corpus)
+    told = {**tuned(full), **{name: config[name] for name in ("model", "scaling", "data")}}
+    told["learning_rate"] = config["learning_rate"] / 10
+    assert origin.resolved(tuned(full)) == origin.resolved(told)
+    changes = {"model.dtype": "bfloat16", "data.sequence_length": 8, "learning_rate": 1.0}
+    found = origin.resolved(tuned(full, **changes))
+    assert (found["model"]["dtype"], found["model"]["width"]) == ("bfloat16", 8)
+    assert (found["data"]["sequence_length"], found["learning_rate"]) == (8, 1.0)
+    with pytest.raises(ValueError, match=r"wants --config\.init=CHECKPOINT"):
+        Experiment.from_config(origin.resolved(tuned("")))
 
 
 def damaged(folder):
@@ -178,9 +208,9 @@ def unfinished(folder):
     [
         (
             lambda folder: (folder / "config.json").unlink(),
-            "expected the workdir of a run; nearest",
+            "lent' holds no model: expected the workdir of .*; nearest is .*good",
         ),
-        (lambda folder: (folder / "config.json").write_text("[]"), "expected the workdir of a run"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not that of a run"),
         (unfinished, r"no state after its last step \(24\); expected one that is finished"),
         (damaged, "is damaged: state/_METADATA is damaged"),
     ],
@@ -220,7 +250,7 @@ def test_a_checkpoint_that_has_changed_is_told(train, full, tmp_path):
 @pytest.mark.parametrize(
     ("without", "message"),
     [
-        ("model", "the config has no model: .* is for launch.distill"),
+        ("model", "the config has no shape: .* is for launch.distill"),
         ("teacher", "writing: expected a teacher that writes"),
     ],
 )
@@ -260,10 +290,10 @@ def test_a_student_learns_from_what_its_teacher_writes(train, full, lab, stoppin
 @pytest.fixture(scope="module")
 def writer(full):
     """The finished run, its model and settings to write by."""
-    found = origin.open_run(str(full))
+    found = open_checkpoint(full)
     settings = distill.get_config().writing.to_dict()
     settings.update(sequences=300, batch_size=128)
-    return found, model_of(found.model, None, found.params), settings
+    return found, model_of(found.config, None, found.params), settings
 
 
 def test_every_id_begins_a_text_before_any_begins_two(writer):
@@ -290,7 +320,7 @@ def test_killed_while_writing_it_goes_on_with_the_batch_it_was_at(
     writer, full, lab, tmp_path, monkeypatch
 ):
     found, _, settings = writer
-    dataset = lab.dataset(Experiment.from_config(found.config))
+    dataset = lab.dataset(found.experiment)
     whole = own_text.written(found, dataset, settings, tmp_path / "whole")
     indices, batch_of = [], own_text.batch_of
 
@@ -326,7 +356,7 @@ def test_killed_while_writing_it_goes_on_with_the_batch_it_was_at(
 )
 def test_settings_out_of_range_write_nothing(writer, lab, tmp_path, changes, message):
     found, _, settings = writer
-    dataset = lab.dataset(Experiment.from_config(found.config))
+    dataset = lab.dataset(found.experiment)
     with pytest.raises(ValueError, match=message):
         own_text.written(found, dataset, {**settings, **changes}, tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -355,7 +385,7 @@ def test_the_program_has_a_config_and_wants_a_checkpoint(tmp_path):
     )
     code, said = program(workdir, f"--checkpoint={tmp_path}")
     assert code == 2
-    assert said.startswith(f"error: checkpoint '{tmp_path}': expected the workdir of a run")
+    assert said.startswith(f"error: checkpoint '{tmp_path}' holds no model: expected the workdir")
     assert json.dumps([*tmp_path.iterdir()]) == "[]"
 
 

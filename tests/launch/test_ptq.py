@@ -63,7 +63,7 @@ def place(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(place):
-    return open_subject(place / "run", place / "data")
+    return open_subject(place / "run")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def library(subject, place):
 @pytest.fixture
 def ptq(place, subject, tmp_path, monkeypatch):
     """Runs the program on a checkpoint that is open already; returns its rows."""
-    monkeypatch.setattr(driving, "open_subject", lambda folder, data_dir: subject)
+    monkeypatch.setattr(driving, "open_subject", lambda folder: subject)
 
     def ptq(name="out", **options):
         defaults = {"checkpoint": place / "run", "data_dir": place / "data", "formats": ("int3",)}
@@ -262,7 +262,7 @@ def test_calibration_never_sees_what_is_evaluated(library, place):
     assert sum(map(len, batches)) == 20
     assert all(batch.shape[1] == 16 for batch in batches)
     dataset = library.dataset(letters, 16)
-    assert dataset.tokenizer == library.checkpoint.tokenizer
+    assert dataset.tokenizer == library.checkpoint.tokenizer(place / "data")
     train = {record.tobytes() for record in np.asarray(dataset.train.records)}
     assert not train & {each.astype(np.uint8).tobytes() for each in text.tokens_NS}
 
@@ -271,12 +271,12 @@ def test_calibration_never_sees_what_is_evaluated(library, place):
     ("options", "message"),
     [
         ({"methods": ("rnt",)}, "unknown method 'rnt'.*nearest is 'rtn'"),
-        ({"checkpoint": "rum"}, "checkpoint .*rum': there is no such folder; nearest is .*run"),
+        ({"checkpoint": "rum"}, "checkpoint .*rum' holds no model: .*; nearest is .*run"),
         (
             {"checkpoint": "letters"},
-            "letters holds no model: expected the workdir of launch.train or launch.pretrained",
+            "letters' holds no model: expected the workdir of launch.train or launch.pretrained",
         ),
-        ({"checkpoint": "empty"}, "no whole checkpoint in .*empty"),
+        ({"checkpoint": "empty"}, r"empty': the run has no state after its last step \(128\)"),
         ({"checkpoint": "going_on"}, "going_on': its run has no result yet; expected a finished"),
         ({"methods": ("gptq", "rtn+gptq")}, "'rtn.gptq': one rounding comes last"),
         ({"methods": ("gptq",), "calibration_sequences": 9999}, "calibration needs 9,999 seq"),
@@ -359,7 +359,7 @@ def test_a_converted_model_needs_a_text_and_has_rows_of_its_own(
     checkpoint = dataclasses.replace(
         subject.checkpoint, experiment=None, row=None, data_fingerprint="unknown"
     )
-    monkeypatch.setattr(subjects, "open_checkpoint", lambda folder, data_dir: checkpoint)
+    monkeypatch.setattr(subjects, "open_checkpoint", lambda folder: checkpoint)
     options = Options(place / "run", tmp_path / "out", place / "data", formats=("int3",), length=16)
     with pytest.raises(ValueError, match=r"says nothing of the text .* --text=folder:PATH"):
         driving.run(options)
