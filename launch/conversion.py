@@ -34,9 +34,7 @@ def convert(source: str, workdir: Path) -> None:
         )
     name = Path(_MEMBER if source == SMOLLM2 else source).resolve().name
     if pretrained.is_pretrained(workdir):
-        there = pretrained.describe(workdir).source
-        if there != name:
-            raise ValueError(f"workdir {workdir} holds {there}, not {name}; choose another")
+        _check_same(workdir, source, name)
         print(f"{workdir} holds {name} already")
         return
     pretrained.check_free(workdir)
@@ -49,6 +47,15 @@ def convert(source: str, workdir: Path) -> None:
         f"{name}: N = {config.params:,}, {config.layers} layers, width {config.width}, "
         f"{config.heads} heads, vocabulary {config.vocabulary:,}; in {workdir}"
     )
+
+
+def _check_same(workdir: Path, source: str, name: str) -> None:
+    """Raises ValueError if a folder holds another model; files of many models have one name."""
+    there = pretrained.describe(workdir)
+    if there.source != name:
+        raise ValueError(f"workdir {workdir} holds {there.source}, not {name}; choose another")
+    if source != SMOLLM2 and pretrained.read(source).description != there:
+        raise ValueError(f"workdir {workdir} holds another {name} than {source}; choose another")
 
 
 def fetch_smollm2(folder: Path) -> Path:

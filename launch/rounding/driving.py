@@ -8,7 +8,7 @@ input is looked for before the workdir is claimed.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from launch.rounding.texts import Library
 from launch.training import hold
 from qat.report import rounding as page
 from qat.sweep.table import collect, write
+from qat.training.results import hash_of
 
 _VARIANTS, _POSITIONS, _PAGE = "variants", "positions", "report.html"
 
@@ -60,11 +61,9 @@ def run(options: Options) -> None:
         hold(options.workdir, identity, stack)
         missing = study.missing(asked)
         print(f"{len(asked) - len(missing)} of {len(asked)} variants are measured already")
-        try:
-            if missing:
-                _measure(study, missing)
-        finally:
-            table = _merge(options.workdir)
+        if missing:
+            _measure(study, missing, functools.partial(_merge, options.workdir))
+        table = _merge(options.workdir, print)
     _tell(options.workdir, table, study.subject)
 
 
@@ -94,24 +93,25 @@ def _study(options: Options, asked: Sequence[Variant]) -> tuple[Study, dict[str,
         "sequences": sequences,
         "length": length,
     }
-    calibrated_on = f"{source}/train {shape[0]}×{shape[1]}"
+    tokens = hash_of({"tokens": [batch.tolist() for batch in calibration]})
+    calibrated_on = f"{source}/train {shape[0]}×{shape[1]} {tokens}"
     return Study(subject, texts, calibration, calibrated_on, options.workdir / _VARIANTS), identity
 
 
-def _measure(study: Study, missing: dict[Variant, Any]) -> None:
-    """Measures, beside a bar."""
+def _measure(study: Study, missing: dict[Variant, Any], written: Callable[[], object]) -> None:
+    """Measures, beside a bar; the table is whole after each variant, however this ends."""
     needed = {text.name: text for texts in missing.values() for text in texts}.values()
     runs = [texts for variant, texts in missing.items() if variant != ORIGINAL]
     sequences = sum(text.evaluated for texts in [needed, *runs] for text in texts)
     with Meter("Evaluating", sequences, "sequences") as meter:
-        study.measure(missing, meter.advance)
+        study.measure(missing, meter.advance, written)
 
 
-def _merge(workdir: Path) -> pd.DataFrame:
+def _merge(workdir: Path, say: Callable[[str], object] = lambda _: None) -> pd.DataFrame:
     """All rows on the disk, those of whole texts and those of positions apart; returns all."""
     found = collect((workdir / _VARIANTS).glob("*.jsonl"))
     for line in found.left_out:
-        print(f"left out: {line}")
+        say(f"left out: {line}")
     parts = found.table["eval_set"].map(is_part).astype(bool)
     write(found.table[~parts], workdir)
     write(found.table[parts], workdir / _POSITIONS)
@@ -120,7 +120,7 @@ def _merge(workdir: Path) -> pd.DataFrame:
 
 def _tell(workdir: Path, table: pd.DataFrame, subject: Subject) -> None:
     """Prints the table, and writes the page."""
-    frame = summary.frame(table, subject.size)
+    frame = summary.frame(table, subject.size, subject.config.channels)
     print(summary.as_text(frame))
     provenance = (
         f"Model {subject.row.run_id}: N = {subject.row.params:,} parameters without embedding and "

@@ -73,15 +73,22 @@ class Study:
                 calibrated otherwise.
         """
         rows = rows_of(self.folder)
+        self._check_calibration(rows, asked)
         left = {each: [t for t in self.texts if not self._has(rows, each, t)] for each in asked}
         return {each: texts for each, texts in left.items() if texts}
 
-    def measure(self, missing: dict[Variant, list[TextSet]], advance: Advance) -> None:
+    def measure(
+        self,
+        missing: dict[Variant, list[TextSet]],
+        advance: Advance,
+        written: Callable[[], object],
+    ) -> None:
         """Measures variants, and writes the rows of each as soon as it is done.
 
         Args:
             missing: those of `missing`.
             advance: told how many sequences were evaluated, and of which variant.
+            written: called after each variant's rows.
 
         Raises:
             ValueError: a method cannot take a format.
@@ -94,6 +101,7 @@ class Study:
         if ORIGINAL in missing:
             found = [(text, originals[text.name][0]) for text in missing[ORIGINAL]]
             self._write(ORIGINAL, found, self._original_bits, time.perf_counter() - start)
+            written()
         parts, states = Parts.of(model), {name: each[1] for name, each in originals.items()}
         for variant, texts in missing.items():
             if variant != ORIGINAL:
@@ -105,6 +113,7 @@ class Study:
                     for text in texts
                 ]
                 self._write(variant, found, bits, time.perf_counter() - start)
+                written()
 
     def _policy(self, variant: Variant) -> Policy | None:
         """What a variant's model quantizes as it runs: what it was trained with, but for changes.
@@ -155,16 +164,18 @@ class Study:
     def _calibration_of(self, variant: Variant) -> str:
         return self.calibrated_on if variant.needs_text else "none"
 
+    def _check_calibration(self, rows: Sequence[Row], asked: Sequence[Variant]) -> None:
+        """Raises ValueError if what is there was calibrated otherwise than what is asked for."""
+        there = {row.ptq_calibration for row in rows} - {"none", self.calibrated_on}
+        if there and any(variant.needs_text for variant in asked):
+            raise ValueError(
+                f"methods were calibrated on {min(there)} there, on {self.calibrated_on} here; "
+                "choose another workdir"
+            )
+
     def _has(self, rows: Sequence[Row], variant: Variant, text: TextSet) -> bool:
-        """Whether a variant was measured on a text; raises as `missing`."""
+        """Whether a variant was measured on a text, which must not have changed since."""
         of_variant = [row for row in rows if spellings_of(row) == variant.spellings]
-        calibrated_on = self._calibration_of(variant)
-        for row in of_variant:
-            if row.ptq_calibration != calibrated_on:
-                raise ValueError(
-                    f"{variant} was calibrated on {row.ptq_calibration} there, on {calibrated_on} "
-                    "here; choose another workdir"
-                )
         found = [row for row in of_variant if row.eval_set == text.name]
         for row in found:
             if row.data_fingerprint != text.fingerprint:

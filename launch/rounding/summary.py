@@ -1,31 +1,37 @@
 """The rows of one checkpoint as a table for people."""
 
+import functools
 import re
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+import qat
 from launch.rounding.grid import POLICIES
 from launch.timing import table
+from qat.analysis.size import stored_bits
 from qat.quantizer import Quantizer
 
 _PART = re.compile(r"(.*)\[(\d+):(\d+)\]")
 _LEGEND = (
     "loss and KL(original ‖ variant) in nats/token; ± is one standard error, of added loss",
-    "paired by sequence; bits are of a parameter of the whole model, scales included, and under kv",
-    "of a number of the cache",
+    "paired by sequence; bits are of a parameter of the whole model and under kv of a number of",
+    "the cache, scales included",
 )
 _HEAD = ("policy", "method", "format", "bits", "loss", "added", "perplexity", "KL", "agree")
 
 
-def frame(rows: pd.DataFrame, size: int) -> pd.DataFrame:
+def frame(rows: pd.DataFrame, size: int, channels: int) -> pd.DataFrame:
     """One line for each variant and text, or part of the context, sorted by policy, bits and loss.
 
     Args:
         rows: result rows, as `qat.sweep.table.collect` returns them.
         size: parameters of the model, with embedding and head.
+        channels: of a head, whose keys and values share scales.
 
     Returns:
         policy ("original", or of `POLICIES`), method, format, text, start and stop (positions; 0
@@ -33,7 +39,7 @@ def frame(rows: pd.DataFrame, size: int) -> pd.DataFrame:
         cache), loss, loss_se, delta, delta_se, perplexity, kl, kl_se, agreement, calibration,
         wall_s, status.
     """
-    made = pd.DataFrame([_line(row, size) for row in rows.to_dict("records")])
+    made = pd.DataFrame([_line(row, size, channels) for row in rows.to_dict("records")])
     order = {policy: place for place, policy in enumerate(("original", *POLICIES))}
     made["order"] = made["policy"].map(order)
     by = ["text", "start", "order", "bits", "loss"]
@@ -54,7 +60,7 @@ def as_text(lines: pd.DataFrame) -> str:
     return "\n".join([*parts, *_LEGEND])
 
 
-def _line(row: Mapping[Hashable, Any], size: int) -> dict[str, object]:
+def _line(row: Mapping[Hashable, Any], size: int, channels: int) -> dict[str, object]:
     """A result row in the words of `frame`."""
     weights, activations, kv_cache = (
         str(row[name]) for name in ("ptq_quantizer", "ptq_activations", "ptq_kv_cache")
@@ -76,7 +82,7 @@ def _line(row: Mapping[Hashable, Any], size: int) -> dict[str, object]:
         "start": int(start),
         "stop": int(stop),
         "total_bits": total,
-        "bits": Quantizer.parse(kv_cache).bits if of_cache else total / size,
+        "bits": _cache_bits(kv_cache, channels) if of_cache else total / size,
         "loss": loss,
         "loss_se": row["loss_se"],
         "delta": row["ptq_delta"],
@@ -89,6 +95,13 @@ def _line(row: Mapping[Hashable, Any], size: int) -> dict[str, object]:
         "wall_s": row["ptq_wall_s"],
         "status": row["status"],
     }
+
+
+def _cache_bits(spelling: str, channels: int) -> float:
+    """Of a number of the cache, with its share of the scale."""
+    quantized = functools.partial(qat.quantize, quantizer=Quantizer.parse(spelling), axis=-1)
+    key = jax.ShapeDtypeStruct((1, channels), jnp.float32)
+    return stored_bits(jax.eval_shape(quantized, key)) / channels
 
 
 def _cells(line: Mapping[Hashable, Any]) -> list[str]:

@@ -56,14 +56,15 @@ def add_input_transforms(model: nnx.Module, transforms: Mapping[str, InputTransf
         slot.transform = nnx.data(TransformState(before.followed_by(transform)))
 
 
-def exact_features(model: nnx.Module, path: str) -> jax.Array | None:
-    """Which inputs (*stack, K) the transform of a layer keeps unquantized, if any."""
+def input_transform(model: nnx.Module, path: str) -> InputTransform | None:
+    """What becomes of the inputs of a layer, if anything."""
     layer = _nodes(model).get(path)
     kind = slot_kind(layer)
     slot = None if kind is None else getattr(layer, kind.slot)
     if not isinstance(slot, DotGeneral) or slot.transform is None:
         return None
-    return slot.transform.get_value().exact_K
+    transform: InputTransform = slot.transform.get_value()
+    return transform
 
 
 def remove_quantizers(model: nnx.Module, paths: Collection[str], operands: Collection[str]) -> None:
@@ -84,6 +85,12 @@ def rotate_caches(model: nnx.Module, seed: int) -> None:
     for slot in _nodes(model).values():
         if isinstance(slot, FakeQuant) and slot.operands == ("kv_cache",):
             slot.rotation_seed = seed
+
+
+def cache_rotation(model: nnx.Module) -> int | None:
+    """The seed that `rotate_caches` has set, if it has."""
+    slots = [node for node in _nodes(model).values() if isinstance(node, FakeQuant)]
+    return next((s.rotation_seed for s in slots if s.rotation_seed is not None), None)
 
 
 def _nodes(model: nnx.Module) -> dict[str, Any]:

@@ -18,16 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
 
 from qat.contractions import naming_layer
 from qat.groups import groups_of
+from qat.ptq.adapters import model_of
+from qat.ptq.files import load, save
 from qat.ptq.gptq import Gptq
-from qat.ptq.linen_model import LinenModel
 from qat.ptq.methods import METHODS, Method, Settings
 from qat.ptq.model import Model
-from qat.ptq.nnx_model import NnxModel
 from qat.ptq.report import ParameterReport, left_alone
 from qat.ptq.rounding import Rounding
 from qat.ptq.rtn import prepared
@@ -37,7 +35,7 @@ from qat.ptq.weights import Weight
 from qat.quantizer import Quantizer
 from qat.spelling import expected_instead, nearest_few
 
-__all__ = ["METHODS", "Gptq", "Method", "ParameterReport", "Settings", "quantize"]
+__all__ = ["METHODS", "Gptq", "Method", "ParameterReport", "Settings", "load", "quantize", "save"]
 
 
 def quantize(
@@ -55,7 +53,8 @@ def quantize(
     Args:
         model: any NNX module, or a pair (Linen module, variables); it stays as it is.
         method: such as "rtn", "gptq", "awq" or "quarot+gptq".
-        quantizer: of the weights, along their contraction axes, or its spelling.
+        quantizer: of the weights, along their contraction axes, or its spelling; "int4" has one
+            scale a weight, "int4/channel" one an output.
         calibration: inputs of the model, batches of one shape. "rtn" and "hqq" do without
             on an NNX model.
         skip: regular expression; layers whose whole path matches stay unquantized. None skips none.
@@ -74,20 +73,26 @@ def quantize(
     """
     quantizer, parsed = Quantizer.of(quantizer), Method.parse(method)
     _check_quantizer(quantizer)
-    settings = settings or Settings()
+    settings = Settings() if settings is None else settings
+    if not isinstance(settings, Settings):
+        raise ValueError(expected_instead("settings", "a qat.ptq.Settings", settings))
     batches = list(batches_of(calibration))
     if parsed.needs_data and not batches:
         raise ValueError(
             f"method {method!r} looks at the inputs of layers: expected calibration=batches"
         )
-    subject = _model_of(model, call or _call, batches)
+    if isinstance(model, tuple) and not batches:
+        raise ValueError(
+            "a Linen model makes its layers when it runs: expected calibration=batches"
+        )
+    subject = model_of(model, call, batches[0] if batches else None)
     kept = _kept_layers(subject, skip)
     bare = subject.without_quantizers(
         [p for p in subject.parameters if p not in kept], ("weights",)
     )
     found, reasons = _find(bare, _stream_of(bare, batches))
     targets = {path: weights for path, weights in found.items() if path not in kept}
-    _check(subject, quantizer, found, targets, skip)
+    _check(subject, quantizer, found, targets, skip, reasons)
     subject = subject.without_quantizers(targets, ("weights",))
     fixed = _not_transformed(subject, targets) if parsed.transformations else {}
     movable = {path: weights for path, weights in targets.items() if path not in fixed}
@@ -114,24 +119,6 @@ def _check_quantizer(quantizer: Quantizer) -> None:
         raise ValueError(
             f"quantizer {str(quantizer)!r}: a learned scale is trained; nearest is {str(closest)!r}"
         )
-
-
-def _model_of(model: Any, call: Callable[[Any, Any], Any], batches: Sequence[Any]) -> Model:
-    if isinstance(model, nnx.Module):
-        return NnxModel(model, call)
-    pair = model if isinstance(model, tuple) and len(model) == 2 else (None, None)
-    if isinstance(pair[0], nn.Module) and isinstance(pair[1], Mapping):
-        if not batches:
-            raise ValueError(
-                "a Linen model makes its layers when it runs: expected calibration=batches"
-            )
-        return LinenModel(pair[0], pair[1], call, batches[0])
-    expected = "an NNX module or a pair (Linen module, variables)"
-    raise ValueError(expected_instead("ptq.quantize", expected, model))
-
-
-def _call(model: Any, batch: Any) -> Any:
-    return model(batch)
 
 
 def _kept_layers(model: Model, skip: str | None) -> set[str]:
@@ -186,6 +173,7 @@ def _check(
     found: Mapping[str, Any],
     targets: Mapping[str, Sequence[Weight]],
     skip: str | None,
+    reasons: Mapping[str, str],
 ) -> None:
     """Raises ValueError where nothing is left to do, or a weight cannot be quantized."""
     layers = [path.rpartition("/")[0] for path in found]
@@ -193,8 +181,10 @@ def _check(
         near = ", ".join(map(repr, nearest_few(skip, layers))) or "none at all"
         raise ValueError(f"skip {skip!r} matches no dense layer; nearest paths are {near}")
     if not targets:
+        others = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
         raise ValueError(
             f"nothing to quantize: the model has {len(layers)} dense layers, skip is {skip!r}"
+            + (f"; {others}" if others else "")
         )
     for path, (weight, *_) in targets.items():
         with naming_layer(path.rpartition("/")[0]):

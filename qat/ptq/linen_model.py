@@ -68,10 +68,17 @@ class LinenModel:
             return None
         return "Flax's code for it was replaced, or an nn.scan keeps the transform from it"
 
-    def exact_features(self, path: str) -> jax.Array | None:
+    def transform(self, path: str) -> InputTransform | None:
         """From the layer's variable."""
-        held = flatten_dict(dict(self.variables.get(TRANSFORMS, {}))).get(_place(path))
-        return None if held is None else held.exact_K
+        held: dict[tuple[str, ...], InputTransform] = flatten_dict(
+            dict(self.variables.get(TRANSFORMS, {}))
+        )
+        return held.get(_place(path))
+
+    @property
+    def cache_seed(self) -> int | None:
+        """Linen's attention has no place for it."""
+        return None
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "LinenModel":
         """Other variables."""

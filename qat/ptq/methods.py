@@ -35,6 +35,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Checks."""
+        if not isinstance(self.gptq, Gptq):
+            raise ValueError(expected_instead("gptq", "a qat.ptq.Gptq", self.gptq))
         if not 0 <= self.smoothing <= 1:
             raise ValueError(expected_instead("smoothing", "between 0 and 1", self.smoothing))
         if not self.outliers > 0:

@@ -31,8 +31,13 @@ class Model(Protocol):
         """Why inputs of the layer that holds this weight cannot be transformed, if so."""
         ...
 
-    def exact_features(self, path: str) -> jax.Array | None:
-        """Which inputs of a weight (*stack, K) its transform keeps unquantized, if any."""
+    def transform(self, path: str) -> InputTransform | None:
+        """What becomes of the inputs of the layer that holds a weight, if anything."""
+        ...
+
+    @property
+    def cache_seed(self) -> int | None:
+        """Of the rotation of keys and values where they are quantized; None without one."""
         ...
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "Model":

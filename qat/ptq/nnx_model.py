@@ -11,8 +11,9 @@ from flax import nnx
 
 from qat.nnx.transforms import (
     add_input_transforms,
+    cache_rotation,
     dense_layers,
-    exact_features,
+    input_transform,
     remove_quantizers,
     rotate_caches,
     transform_objection,
@@ -69,9 +70,14 @@ class NnxModel:
         """A layer needs a slot for its contraction."""
         return transform_objection(self.module, _layer(path))
 
-    def exact_features(self, path: str) -> jax.Array | None:
+    def transform(self, path: str) -> InputTransform | None:
         """From the slot of the layer."""
-        return exact_features(self.module, _layer(path))
+        return input_transform(self.module, _layer(path))
+
+    @property
+    def cache_seed(self) -> int | None:
+        """From the slots of attention."""
+        return cache_rotation(self.module)
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "NnxModel":
         """A copy."""

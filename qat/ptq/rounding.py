@@ -66,7 +66,7 @@ class Rounding:
             rounded = self._streamed(model, targets, stream)
         reports, parameters = [], {}
         for path, weights in targets.items():
-            rows = _exact_rows(model, path)
+            rows = _exact_rows(model, path, weights[0])
             report, parameters[path] = self._assembled(
                 path, model.parameters[path], weights, rounded[path], rows
             )
@@ -89,7 +89,7 @@ class Rounding:
 
         def visit(weight: Weight, exact_EKN: jax.Array, statistics: Statistics) -> jax.Array:
             path, exact_EKN = stream.path(weight), exact_EKN.astype(jnp.float32)
-            rows = _exact_rows(model, path)
+            rows = _exact_rows(model, path, weight)
             kept_EKN = jnp.float32(0) if rows is None else weight.matrices(rows)
             rest_EKN = jnp.where(kept_EKN == 0, exact_EKN, 0)
             values_EKN, scale = self._values(rest_EKN, statistics)
@@ -134,7 +134,7 @@ class Rounding:
     ) -> tuple[ParameterReport, jax.Array]:
         """The report of a parameter, and its new value, from those of its slices."""
         codes = stored([r.matrices for r in rounded], weights, self.quantizer, str(value.dtype))
-        quantized, nbytes = codes.dequantize(), codes.nbytes
+        quantized, nbytes = codes.dequantize(), codes.pack().nbytes
         if exact_rows is not None:
             quantized += exact_rows.astype(value.dtype)
             nbytes += int(jnp.count_nonzero(exact_rows)) * exact_rows.dtype.itemsize
@@ -176,11 +176,10 @@ def _output_error(
     return jnp.sqrt(jnp.mean(jnp.square(errors_E)))
 
 
-def _exact_rows(model: Model, path: str) -> jax.Array | None:
+def _exact_rows(model: Model, path: str, weight: Weight) -> jax.Array | None:
     """A parameter in float16 where its rows stay exact, 0 elsewhere; None if all are rounded."""
-    exact = model.exact_features(path)
-    if exact is None:
+    transform = model.transform(path)
+    if transform is None or transform.exact_K is None:
         return None
-    value = model.parameters[path]
-    beside = exact.reshape(*exact.shape, *(1,) * (value.ndim - exact.ndim))
-    return jnp.where(beside, value, 0).astype(jnp.float16)
+    exact = weight.beside(transform.exact_K)
+    return jnp.where(exact, model.parameters[path], 0).astype(jnp.float16)

@@ -121,6 +121,11 @@ def _followed(
 
 def batches_of(calibration: Any) -> Iterator[Any]:
     """Calibration batches, checked to be alike."""
+    if hasattr(calibration, "shape"):
+        raise ValueError(
+            f"calibration is an array of shape {calibration.shape}: expected batches, such as "
+            "calibration=[array]"
+        )
     first = None
     for i, batch in enumerate(calibration):
         shapes = jax.tree.map(jnp.shape, batch)

@@ -106,6 +106,15 @@ class Weight:
         kept = math.prod(self.shape[len(self.index) :]) // (batch * contracted)
         return batch, contracted, kept
 
+    def beside(self, features: jax.Array) -> jax.Array:
+        """Features (*stack, K) in a shape that broadcasts against the whole parameter."""
+        stack, order = len(self.index), np.argsort(self.contracted).tolist()
+        axes = [*range(stack), *(stack + position for position in order)]
+        sizes = [self.shape[axis] for axis in self.contracted]
+        kept = (*range(stack), *self.contracted)
+        shape = [size if axis in kept else 1 for axis, size in enumerate(self.shape)]
+        return features.reshape(*features.shape[:stack], *sizes).transpose(axes).reshape(shape)
+
     def parameter_slice(self, matrices_EKN: jax.Array) -> jax.Array:
         """The inverse of `matrices`: one layer's slice of the parameter."""
         order, rest = self._order(), self.shape[len(self.index) :]

@@ -45,6 +45,10 @@ def test_a_file_is_converted_once(tmp_path, capsys):
     convert(path, tmp_path / "out")
     assert "holds model.gguf already" in capsys.readouterr().out
     assert before == {each: each.stat().st_mtime_ns for each in (tmp_path / "out").iterdir()}
+    (tmp_path / "elsewhere").mkdir()
+    namesake = write_gguf(tmp_path / "elsewhere" / "model.gguf", SHAPE, TENSORS, "F16")
+    with pytest.raises(ValueError, match=r"holds another model\.gguf than .*elsewhere"):
+        convert(namesake, tmp_path / "out")
     other = write_gguf(tmp_path / "other.gguf", SHAPE, TENSORS)
     with pytest.raises(ValueError, match=r"holds model\.gguf, not other\.gguf; choose another"):
         convert(other, tmp_path / "out")

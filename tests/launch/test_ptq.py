@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,25 @@ def test_other_arguments_add_rows_and_the_same_ones_do_nothing(
     assert max(map(len, printed.splitlines()[:-1])) <= 100 + len(str(place))
 
 
+def test_calibration_text_that_changed_is_refused(ptq, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} is for all of it. " * 40)
+    options = {"calibration_text": f"folder:{tmp_path / 'texts'}", "calibration_length": 8}
+    ptq(methods=("gptq",), calibration_sequences=4, **options)
+    (tmp_path / "texts" / "e.txt").write_text("Something else has come. " * 400)
+    with pytest.raises(ValueError, match="methods were calibrated on"):
+        ptq(methods=("gptq",), formats=("int4",), calibration_sequences=4, **options)
+
+
+def test_bits_of_a_cache_have_their_scales(ptq, subject, tmp_path, capsys):
+    channels = subject.config.channels
+    ptq(policies=("kv",), formats=("int4", "int4/block:4"))
+    lines = capsys.readouterr().out.splitlines()
+    (cells,) = [line.split() for line in lines if line.startswith("kv ")]
+    assert cells[2:4] == ["int4/token", f"{4 + 32 / channels:.2f}"]
+
+
 def test_the_table_is_sorted_and_the_page_is_whole(ptq, tmp_path, capsys):
     ptq(policies=("wa", "w", "kv"), formats=("int4", "int2", "e2m1"))
     lines = capsys.readouterr().out.splitlines()
@@ -335,11 +355,11 @@ def test_too_little_calibration_text_says_how_much_there_is(library, place, sour
 def test_another_calibration_or_length_is_refused(ptq):
     rows = ptq(methods=("gptq",), calibration_sequences=4, calibration_length=8)
     row = of(rows, ptq_method="gptq")
-    assert row["ptq_calibration"] == f"{row['eval_set'].removesuffix('/validation')}/train 4×8"
-    with pytest.raises(
-        ValueError, match=r"gptq weights int3/channel was calibrated on .* 4×8 there"
-    ):
-        ptq(methods=("gptq",), calibration_sequences=5, calibration_length=8)
+    source = re.escape(row["eval_set"].removesuffix("/validation"))
+    assert re.fullmatch(rf"{source}/train 4×8 [0-9a-f]{{12}}", row["ptq_calibration"])
+    for formats in ("int3",), ("int4",):
+        with pytest.raises(ValueError, match=r"methods were calibrated on .* 4×8 \w+ there"):
+            ptq(methods=("gptq",), formats=formats, calibration_sequences=5, calibration_length=8)
     assert len(ptq(calibration_sequences=5)) == 3  # which rounding to nearest does not see
     with pytest.raises(ValueError, match=r"another run \(length is 16 there, 8 here"):
         ptq(length=8)

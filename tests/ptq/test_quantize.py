@@ -17,6 +17,7 @@ from models.transformer import Transformer, TransformerConfig
 from qat.ptq import Gptq, Method, Settings
 
 WIDTHS = (24, 32, 16, 8)
+CONVOLUTION = nnx.Conv(24, 8, (3,), rngs=nnx.Rngs(0))
 
 
 class Mlp(nnx.Module):
@@ -197,6 +198,23 @@ def test_weights_of_a_quantized_model_are_rounded_once(mlp):
     np.testing.assert_allclose(quantized(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_outlier_rows_of_two_contracted_axes_stay_exact(heads):
+    """The output projection of attention contracts heads and channels."""
+    attention = nnx.MultiHeadAttention(heads, 24, 32, decode=False, rngs=nnx.Rngs(0))
+    data = [batch.reshape(4, 16, 24) for batch in batches()]
+    quantized, report = qat.ptq.quantize(
+        attention, "llm_int8", "int2/channel", data, settings=Settings(outliers=100.0)
+    )
+    (line,) = [line for line in report if line.path == "out/kernel"]
+    rows = np.any(np.asarray(line.exact_rows) != 0, axis=-1)
+    assert rows.shape == (heads, 32 // heads)
+    assert 0 < rows.sum() < 32
+    kernel, exact = quantized.out.kernel[...], attention.out.kernel[...]
+    np.testing.assert_allclose(kernel[rows], exact[rows], rtol=2**-10)
+    assert not np.any(np.asarray(line.stored.dequantize())[rows])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,6 +241,15 @@ def test_weights_of_a_quantized_model_are_rounded_once(mlp):
         (
             {"calibration": [jnp.full((4, 24), jnp.nan)]},
             "layer layers/0: its inputs are not finite",
+        ),
+        ({"calibration": batches()[0]}, r"calibration is an array of shape \(64, 24\)"),
+        ({"settings": {"seed": 1}}, "settings: expected a qat.ptq.Settings"),
+        (
+            {
+                "model": nnx.Conv(24, 8, (3,), rngs=nnx.Rngs(0)),
+                "calibration": [jnp.ones((2, 9, 24))],
+            },
+            "nothing to quantize: .*; kernel: used by conv_general_dilated",
         ),
         ({"model": {"w": 1}}, "an NNX module or a pair"),
     ],

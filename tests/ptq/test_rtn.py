@@ -65,7 +65,7 @@ def test_the_report_names_every_parameter(mlp):
     assert [path for path, line in by_path.items() if line.quantized] == ["first/kernel"]
     assert by_path["last/kernel"].reason == "skipped by 'last'"
     assert 0 < by_path["first/kernel"].relative_error < 0.2
-    assert by_path["first/kernel"].nbytes == 2 * 3 * 20 + 4 * 20  # int8 codes, float32 scales
+    assert by_path["first/kernel"].nbytes == 2 * 3 * 20 // 2 + 4 * 20  # codes, float32 scales
 
 
 @pytest.mark.parametrize("spelling", ["int3/channel", "e2m1/tensor"])

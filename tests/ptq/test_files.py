@@ -1,0 +1,83 @@
+"""What is saved of a quantized model makes another of its code compute the same."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qat
+import qat.nnx
+from models.transformer import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(vocabulary=16, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24)
+
+
+def net(seed):
+    rngs = nnx.Rngs(seed)
+    layers = nnx.Linear(24, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 8, rngs=rngs)
+    model, _ = qat.nnx.quantize_model(nnx.Sequential(*layers), "w8a8")
+    return model
+
+
+def inputs(seed=0):
+    x = jax.random.normal(jax.random.key(seed), (64, 24))
+    return x * jnp.ones(24).at[5].set(50.0)[None]
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant", "awq", "quarot+gptq", "llm_int8"])
+def test_a_model_made_anew_computes_the_same(tmp_path, method):
+    quantized, report = qat.ptq.quantize(net(0), method, "int4/channel", [inputs()])
+    other = net(1)
+    before = other(inputs(2))
+    for place in (tmp_path / "model.safetensors", tmp_path / "model"):
+        qat.ptq.save(place, quantized, report)
+        loaded = qat.ptq.load(place, other)
+        np.testing.assert_array_equal(loaded(inputs(2)), quantized(inputs(2)))
+    np.testing.assert_array_equal(other(inputs(2)), before)
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant", "quarot", "llm_int8"])
+def test_of_linen_too(tmp_path, method):
+    module, x = nn.Dense(8), inputs()
+    made = [module.init(jax.random.key(seed), x) for seed in range(2)]
+    quantized, report = qat.ptq.quantize((module, made[0]), method, "int4/channel", [x])
+    qat.ptq.save(tmp_path / "model", quantized, report)
+    loaded, variables = qat.ptq.load(tmp_path / "model", (module, made[1]))
+    expected = quantized[0].apply(quantized[1], x)
+    np.testing.assert_array_equal(loaded.apply(variables, x), expected)
+
+
+def test_a_rotated_residual_and_cache_come_back(tmp_path):
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 16)
+    models = [Transformer(CONFIG, qat.Policy.parse("a8kv4"), rngs=nnx.Rngs(i)) for i in range(2)]
+    quantized, report = qat.ptq.quantize(
+        models[0], "quarot+gptq", "int4/channel", [tokens], skip="embed|head"
+    )
+    qat.ptq.save(tmp_path / "model", quantized, report)
+    loaded = qat.ptq.load(tmp_path / "model", models[1])
+    np.testing.assert_array_equal(loaded(tokens), quantized(tokens))
+
+
+def test_codes_are_packed(tmp_path):
+    layer = nnx.Linear(256, 512, use_bias=False, rngs=nnx.Rngs(0))
+    quantized, report = qat.ptq.quantize(layer, "rtn", "int3/channel")
+    qat.ptq.save(tmp_path / "model.safetensors", quantized, report)
+    codes = 256 * 512 * 3 // 8 + 512 * 4
+    assert codes < (tmp_path / "model.safetensors").stat().st_size < codes + 2000
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    quantized, report = qat.ptq.quantize(net(0), "gptq", "int4/channel", [inputs()])
+    narrow = nnx.Sequential(nnx.Linear(24, 16, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the report is of another model"):
+        qat.ptq.save(tmp_path / "model", narrow, report)
+    qat.ptq.save(tmp_path / "model", quantized, report)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        qat.ptq.save(tmp_path / "model", quantized, report)
+    with pytest.raises(ValueError, match=r"is \(32,\) there, \(16,\) here"):
+        qat.ptq.load(tmp_path / "model", narrow)
+    qat.storage.save(tmp_path / "other", {"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match="holds something else"):
+        qat.ptq.load(tmp_path / "other", net(0))
