@@ -1,8 +1,8 @@
 """Every test runs strict: eight virtual devices, no silent promotion, annotations checked.
 
 Most of the tests' time goes into compiling, so what one process compiled is read by all others: the
-workers of pytest-xdist and the programs that tests start. LLVM's own optimizations, which change
-speed alone, are left out: a fifth less.
+workers of pytest-xdist and the programs that tests start. Most optimizations are left out as well,
+but for programs and for modules that use the fixture `optimized`, whose tests compute for long.
 """
 
 import os
@@ -13,8 +13,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile("deterministic", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("deterministic")
@@ -69,6 +69,14 @@ jaxtyping.install_import_hook(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules in folders, which take longest, come first, so that all processes end together."""
     items.sort(key=lambda item: item.path.parent == Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compiles as users do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

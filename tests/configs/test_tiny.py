@@ -13,6 +13,8 @@ from launch import training
 from launch.lab import Lab
 from qat.training.results import read_rows
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 STDLIB = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the text is Python 3.11's")
 
 

@@ -217,6 +217,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_is_compared_with_the_matrix_product(monkeypatch, capsys):
     monkeypatch.setattr(training, "SHAPES", {"tiny": training._shape(16, 1, 2, 1, 2, 8)})
     monkeypatch.setattr(training, "MATRIX", 64)

@@ -248,6 +248,7 @@ def test_step_functions_take_turns_until_the_time_is_over():
     assert probes._timed([sleeper("a", 0.01)], seconds=0.0) == pytest.approx([0.01], rel=0.5)
 
 
+@pytest.mark.slow
 def test_a_calibration_times_real_steps(monkeypatch):
     monkeypatch.setattr(calibrations, "_LEAST_S", 0.5)
     start = time.monotonic()

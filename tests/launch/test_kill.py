@@ -131,6 +131,7 @@ def assert_same_run(place, name, whole, folders=(".",)):
     assert not list((place / name).rglob("*.damaged*"))
 
 
+@pytest.mark.slow
 def test_killed_and_preempted_and_killed_it_ends_the_same(place, whole):
     assert steps_done(whole) == STEPS + 1
     running, code, _ = kill_after(place, "killed", 20, 0)

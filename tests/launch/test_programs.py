@@ -22,6 +22,8 @@ from qat import laws
 from qat.sweep import Sweep, axis, product
 from qat.training.results import read_rows
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).parents[2]
 
 

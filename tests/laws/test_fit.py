@@ -16,6 +16,8 @@ from qat.laws.fit import _evaluate, _pose
 from qat.laws.forms import float64_on_cpu
 from qat.laws.uncertainty import condition_number
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 CHINCHILLA = {"A": 480.0, "B": 2100.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 TRAINED = {"A": 4299.0, "B": 18060.0, "E": 2.7648, "alpha": 0.48, "beta": 0.51}
 WEIGHTS = {"gamma_w": 2.6745, "n_w": 0.3037}

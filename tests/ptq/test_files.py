@@ -26,19 +26,18 @@ def inputs(seed=0):
     return x * jnp.ones(24).at[5].set(50.0)[None]
 
 
-@pytest.mark.parametrize("method", ["gptq", "smoothquant", "awq", "quarot+gptq", "llm_int8"])
+@pytest.mark.parametrize("method", ["gptq", "smoothquant+quarot", "llm_int8"])
 def test_a_model_made_anew_computes_the_same(tmp_path, method):
     quantized, report = qat.ptq.quantize(net(0), method, "int4/channel", [inputs()])
     other = net(1)
     before = other(inputs(2))
-    for place in (tmp_path / "model.safetensors", tmp_path / "model"):
-        qat.ptq.save(place, quantized, report)
-        loaded = qat.ptq.load(place, other)
-        np.testing.assert_array_equal(loaded(inputs(2)), quantized(inputs(2)))
+    qat.ptq.save(tmp_path / "model.safetensors", quantized, report)
+    loaded = qat.ptq.load(tmp_path / "model.safetensors", other)
+    np.testing.assert_array_equal(loaded(inputs(2)), quantized(inputs(2)))
     np.testing.assert_array_equal(other(inputs(2)), before)
 
 
-@pytest.mark.parametrize("method", ["gptq", "smoothquant", "quarot", "llm_int8"])
+@pytest.mark.parametrize("method", ["smoothquant+quarot", "llm_int8"])
 def test_of_linen_too(tmp_path, method):
     module, x = nn.Dense(8), inputs()
     made = [module.init(jax.random.key(seed), x) for seed in range(2)]

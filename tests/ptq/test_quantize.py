@@ -162,6 +162,7 @@ def test_outlier_rows_stay_exact(mlp):
     assert not np.any(np.asarray(first.stored.dequantize())[rows])
 
 
+@pytest.mark.slow
 def test_the_transformer_is_calibrated_layer_by_layer_and_rotated_offline():
     config = TransformerConfig(vocabulary=32, width=24, layers=2, heads=4, kv_heads=2)
     model = Transformer(config, qat.Policy(activations="int8/token"), rngs=nnx.Rngs(0))

@@ -7,6 +7,8 @@ import pytest
 from qat import laws
 from qat.report import findings, page
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SIZES, TOKENS, SEEDS = (1000, 4000), (100_000, 400_000), (0, 1, 2)
 EFFECTS = {"none": 0.0, "int4": 0.001, "int2": 0.3}
 

@@ -78,6 +78,7 @@ def distilled(programs, teacher, policy, steps, start=None):
     )
 
 
+@pytest.mark.slow
 def test_a_student_of_two_bits_learns_and_is_better_than_its_rounded_teacher(alone, teacher):
     result = distilled(alone, teacher, W2, steps=120)
     losses = list(result.losses.values())

@@ -96,6 +96,7 @@ def test_a_run_preempted_before_its_first_step_saves_nothing(programs, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "tolerance"),
     # A rounding that flips changes all that follows by up to 1e-2; at this rate none flips.

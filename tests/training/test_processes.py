@@ -53,6 +53,7 @@ def together(alone):
     return [json.loads((folder / f"found-{number}.json").read_text()) for number in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("policy", "tolerance"), [("none", 1e-5), ("w4a8kv4", 1e-4)])
 def test_two_processes_lose_what_one_does(programs, together, policy, tolerance):
