@@ -71,7 +71,8 @@ def load(path: str | os.PathLike[str], model: Any) -> Any:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is something else or damaged, or the model has other parameters.
+        ValueError: it is something else or damaged; or the model has other parameters, or
+            transforms of its own.
     """
     content, subject = storage.load(path), model_of(model)
     if not isinstance(content, Mapping) or "cache_seed" not in content:
@@ -82,6 +83,7 @@ def load(path: str | os.PathLike[str], model: Any) -> Any:
         ("weights",),
     )
     _check_same(path, subject, stored)
+    _check_made_anew(subject)
     subject = subject.with_transforms(
         {name: _restored(each) for name, each in content["transforms"].items()}
     )
@@ -101,6 +103,16 @@ def _check_same(path: Any, subject: Model, stored: Mapping[str, Any]) -> None:
                 f"{path} is of another model: {name} is {there.get(name)} there, "
                 f"{here.get(name)} here{near}"
             )
+
+
+def _check_made_anew(subject: Model) -> None:
+    """Raises ValueError where the transforms to come would follow others."""
+    changed = [path for path in subject.parameters if subject.transform(path) is not None]
+    if changed or subject.cache_seed is not None:
+        where = changed[0] if changed else "the cache"
+        raise ValueError(
+            f"{where}: inputs are transformed already: expected a model that is made anew"
+        )
 
 
 def _value(stored: Any, exact: Mapping[str, jax.Array] | None) -> jax.Array:

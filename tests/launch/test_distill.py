@@ -1,7 +1,5 @@
 """Runs that begin with a checkpoint, and students of one, taught by what it writes."""
 
-import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -85,22 +83,6 @@ def full(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "full"
     assert train(folder) == 0
     return folder
-
-
-@pytest.fixture
-def stopping(monkeypatch):
-    """Makes runs stop at every so manyth step."""
-
-    def stopping(every):
-        questions = itertools.count(1)
-
-        @contextlib.contextmanager
-        def preemption():
-            yield lambda: next(questions) % every == 0
-
-        monkeypatch.setattr(training, "Preemption", preemption)
-
-    return stopping
 
 
 def content(folder):

@@ -1,9 +1,7 @@
 """A run in a folder: exit codes, its rows and branches, stopped anywhere, and kept to itself."""
 
-import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import math
 
@@ -48,22 +46,6 @@ def go(corpus, shared_lab, tmp_path, monkeypatch):
 
 
 WSD = {"schedule": {"name": "wsd", "branches": (10 * 128, 16 * 128)}}
-
-
-@pytest.fixture
-def stopping(monkeypatch):
-    """Makes runs stop at every so manyth step."""
-
-    def stopping(every):
-        questions = itertools.count(1)
-
-        @contextlib.contextmanager
-        def preemption():
-            yield lambda: next(questions) % every == 0
-
-        monkeypatch.setattr(training, "Preemption", preemption)
-
-    return stopping
 
 
 def content(folder):

@@ -77,6 +77,11 @@ def test_what_does_not_fit_is_named(tmp_path):
         qat.ptq.save(tmp_path / "model", quantized, report)
     with pytest.raises(ValueError, match=r"is \(32,\) there, \(16,\) here"):
         qat.ptq.load(tmp_path / "model", narrow)
+    turned, of_turned = qat.ptq.quantize(net(0), "quarot", "int4/channel", [inputs()])
+    qat.ptq.save(tmp_path / "turned", turned, of_turned)
+    for place in ("turned", "model"):
+        with pytest.raises(ValueError, match=r"inputs are transformed already: .* made anew"):
+            qat.ptq.load(tmp_path / place, turned)
     qat.storage.save(tmp_path / "other", {"a": jnp.ones(3)})
     with pytest.raises(ValueError, match="holds something else"):
         qat.ptq.load(tmp_path / "other", net(0))
