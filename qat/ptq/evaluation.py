@@ -6,10 +6,14 @@ running the model anew for each layer costs the square of its depth. Here any va
 model can be asked for; what was computed is kept only as long as an operation still waits for it;
 and a value can be replaced before others are computed from it.
 
-The operations between two questions are compiled together, and layers of a scan share programs.
+The operations between two questions are compiled together. Layers of a scan share programs, and so
+do evaluations of other graphs: what a program is lowered to says whether it was compiled before,
+whichever model, method or format it was for.
 """
 
+import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,6 +21,11 @@ from typing import Any
 import jax
 
 from qat.ptq.graph import Graph, Node, Operation
+
+_KEPT = 256  # compiled programs; those not used for longest are forgotten
+
+_Program = Callable[[Sequence[Any]], list[Any]]
+_Plan = tuple[tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...]], ...]
 
 
 class Evaluation:
@@ -97,14 +106,14 @@ class Evaluation:
                 if node in within:
                     within[node] += 1
         outputs = sorted(node for node in made if self._readers[node] > within[node])
-        program = self._program(steps, inputs, outputs)
         for place in places:
             values = [place[n] if n in place else self._shared[n] for n in inputs]
+            program = self._program(steps, inputs, outputs, values)
             place.update(zip(outputs, program(values), strict=True))
 
     def _program(
-        self, steps: list[Operation], inputs: list[Node], outputs: list[Node]
-    ) -> Callable[..., Any]:
+        self, steps: list[Operation], inputs: list[Node], outputs: list[Node], values: list[Any]
+    ) -> _Program:
         """The compiled program of these steps; equal steps of other layers share it."""
         numbers: dict[Node, int] = {}
         for node in itertools.chain(inputs, *(step.outputs for step in steps)):
@@ -114,9 +123,10 @@ class Evaluation:
             return tuple(numbers[node] for node in nodes)
 
         plan = tuple((step.run, numbered(step.inputs), numbered(step.outputs)) for step in steps)
-        key = plan, len(inputs), numbered(outputs)
+        shapes = tuple(self._graph.shapes[node] for node in inputs)
+        key = plan, shapes, numbered(outputs)
         if key not in self._graph.programs:
-            self._graph.programs[key] = jax.jit(functools.partial(_run_plan, plan, key[2]))
+            self._graph.programs[key] = _shared(plan, key[2], values)
         return self._graph.programs[key]
 
     def _done(self, positions: list[int]) -> None:
@@ -136,11 +146,31 @@ class Evaluation:
                 batch.pop(node, None)
 
 
-def _run_plan(
-    plan: Sequence[tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...]]],
-    outputs: tuple[int, ...],
-    inputs: Sequence[Any],
-) -> list[Any]:
+@dataclasses.dataclass(frozen=True)
+class _Lowered:
+    """A program that equals others of the same text, in which its constants are too."""
+
+    digest: bytes
+    run: _Program = dataclasses.field(compare=False)
+
+
+def _shared(plan: _Plan, outputs: tuple[int, ...], values: Sequence[Any]) -> _Program:
+    """A program, or the equal one that there is."""
+    run = functools.partial(_run_plan, plan, outputs)
+    program = jax.jit(run, keep_unused=True)  # so that the text says which inputs it reads
+    if getattr(jax.config, "jax_use_simplified_jaxpr_constants", False):
+        return program  # of a text without constants
+    text = program.lower(values).as_text()
+    return _known(_Lowered(hashlib.blake2b(text.encode()).digest(), program))
+
+
+@functools.lru_cache(_KEPT)
+def _known(lowered: _Lowered) -> _Program:
+    """Of equal programs the first."""
+    return lowered.run
+
+
+def _run_plan(plan: _Plan, outputs: tuple[int, ...], inputs: Sequence[Any]) -> list[Any]:
     values = dict(enumerate(inputs))
     for run, read, made in plan:
         values.update(zip(made, run(*(values[n] for n in read)), strict=True))

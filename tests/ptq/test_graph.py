@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.timing import counting_compiles
 from qat.ptq.evaluation import Evaluation
 from qat.ptq.graph import trace
 
@@ -81,6 +82,31 @@ def test_layers_share_their_programs():
         list(values.values(node))
         values.release(node)
     assert len(graph.programs) <= 4  # slices and products, of the first layer and of all others
+
+
+def test_only_equal_programs_of_other_graphs_are_shared():
+    """Those that differ in a constant, or in which of their inputs they read, are others."""
+    fixed, batches = inputs(layers=2, width=6, seed=1)
+    table = np.arange(5 * 6, dtype=np.float32).reshape(5, 6)
+
+    def chain(factor, table, kernel):
+        def function(fixed, x):
+            times = jax.lax.fori_loop(0, 3, lambda _, y: y + table, x)
+            return times * factor @ fixed["stack"]["kernel"][kernel]
+
+        return function
+
+    def run(function):
+        graph = trace(function, fixed, batches[0])
+        (value, _) = evaluation(graph, fixed, batches, graph.results).values(graph.results[0])
+        np.testing.assert_allclose(value, function(fixed, batches[0]), rtol=1e-5, atol=1e-5)
+
+    run(chain(2.0, table, 0))
+    with counting_compiles() as compiled:
+        run(chain(2.0, table.copy(), 0))
+    assert "_run_plan" not in compiled
+    for others in [(3.0, table, 0), (2.0, table + 1, 0), (2.0, table, 1)]:
+        run(chain(*others))
 
 
 def test_a_replaced_value_is_what_follows_sees():
