@@ -1,9 +1,9 @@
 """A quantized model on disk: codes at their true size, and the changes of inputs they belong to.
 
 Codes alone say what a layer multiplies; where inputs are scaled, rotated or partly kept exact, they
-mean nothing without that. Both are kept in one file or directory of `qat.storage`, and put into a
-model that its code has made anew. What else a model has (statistics of batches, calibrated ranges)
-is its own.
+mean nothing without that. Both are kept in one file or directory of `qat.storage`, with what else
+the model has (statistics of batches, calibrated ranges), and put into a model that its code has
+made anew. Random keys and what calls leave behind, such as caches, stay that model's own.
 """
 
 import os
@@ -55,6 +55,7 @@ def save(
         },
         "transforms": {name: _spelled(each) for name, each in changed if each is not None},
         "cache_seed": subject.cache_seed,
+        "others": subject.others,
     }
     storage.save(path, content, overwrite)
 
@@ -71,7 +72,7 @@ def load(path: str | os.PathLike[str], model: Any) -> Any:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is something else or damaged; or the model has other parameters, or
+        ValueError: it is something else or damaged; or the model has other variables, or
             transforms of its own.
     """
     content, subject = storage.load(path), model_of(model)
@@ -82,7 +83,9 @@ def load(path: str | os.PathLike[str], model: Any) -> Any:
         [name for name, value in stored.items() if isinstance(value, storage.PackedTensor)],
         ("weights",),
     )
-    _check_same(path, subject, stored)
+    others = content.get("others", subject.others)  # older files have none
+    _check_same(path, subject.parameters, stored)
+    _check_same(path, subject.others, others)
     _check_made_anew(subject)
     subject = subject.with_transforms(
         {name: _restored(each) for name, each in content["transforms"].items()}
@@ -90,12 +93,12 @@ def load(path: str | os.PathLike[str], model: Any) -> Any:
     if content["cache_seed"] is not None:
         subject = subject.with_rotated_cache(content["cache_seed"])
     values = {name: _value(each, content["exact"].get(name)) for name, each in stored.items()}
-    return subject.with_parameters(values).result
+    return subject.with_others(others).with_parameters(values).result
 
 
-def _check_same(path: Any, subject: Model, stored: Mapping[str, Any]) -> None:
-    """Raises ValueError for parameters that are not both here and there."""
-    here, there = ({n: tuple(v.shape) for n, v in x.items()} for x in (subject.parameters, stored))
+def _check_same(path: Any, own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises ValueError for variables that are not both here and there."""
+    here, there = ({n: tuple(v.shape) for n, v in x.items()} for x in (own, stored))
     for name in [*there, *here]:
         if here.get(name) != there.get(name):
             near = f"; nearest is {nearest(name, here)!r}" if name not in here and here else ""

@@ -18,9 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qat.linen.conversion import quantize_model, rules_of
 from qat.linen.state import INPUTS, TRANSFORMS, meeting_transforms
 from qat.policy import Policy, Rules
-from qat.ptq.model import Parameters
+from qat.ptq.model import Parameters, is_numeric
 from qat.ptq.weights import Weight
 from qat.transforms import InputTransform
+
+_ELSEWHERE = ("params", TRANSFORMS, "cache", "intermediates")  # the last two are left by calls
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,12 @@ class LinenModel:
     def parameters(self) -> Parameters:
         """The collection "params"."""
         return _flat(self.variables.get("params", {}))
+
+    @property
+    def others(self) -> Parameters:
+        """Arrays of other collections, whose name comes first."""
+        held = {name: tree for name, tree in self.variables.items() if name not in _ELSEWHERE}
+        return {path: value for path, value in _flat(held).items() if is_numeric(value)}
 
     def function(self) -> Callable[[Parameters, Any], Any]:
         """`apply`, without mutable collections."""
@@ -83,6 +91,11 @@ class LinenModel:
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "LinenModel":
         """Other variables."""
         return self._with_collection("params", _nested({**self.parameters, **parameters}))
+
+    def with_others(self, others: Mapping[str, jax.Array]) -> "LinenModel":
+        """Other variables."""
+        merged = _nested({**_flat(self.variables), **others})
+        return dataclasses.replace(self, variables=merged)
 
     def with_transforms(self, transforms: Mapping[str, InputTransform]) -> "LinenModel":
         """Variables of a converted module's layers."""

@@ -4,11 +4,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from qat.ptq.weights import Weight
 from qat.transforms import InputTransform
 
 Parameters = dict[str, jax.Array]
+
+
+def is_numeric(value: Any) -> bool:
+    """Whether it is an array of numbers, as opposed to keys and what is no array."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and any(jnp.issubdtype(dtype, k) for k in (jnp.number, jnp.bool))
 
 
 class Model(Protocol):
@@ -17,6 +24,14 @@ class Model(Protocol):
     @property
     def parameters(self) -> Parameters:
         """Arrays by "/"-separated path."""
+        ...
+
+    @property
+    def others(self) -> Parameters:
+        """Other arrays that belong to the model, by path: statistics of batches, calibrated ranges.
+
+        Neither random keys nor what calls leave behind, such as caches.
+        """
         ...
 
     def function(self) -> Callable[[Parameters, Any], Any]:
@@ -42,6 +57,10 @@ class Model(Protocol):
 
     def with_parameters(self, parameters: Mapping[str, jax.Array]) -> "Model":
         """With other values of some parameters."""
+        ...
+
+    def with_others(self, others: Mapping[str, jax.Array]) -> "Model":
+        """With other values of all `others`."""
         ...
 
     def with_transforms(self, transforms: Mapping[str, InputTransform]) -> "Model":

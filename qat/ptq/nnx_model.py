@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qat.nnx.slots import NoiseKey, PolicyState, StackMark, TransformState
 from qat.nnx.transforms import (
     add_input_transforms,
     cache_rotation,
@@ -18,9 +19,13 @@ from qat.nnx.transforms import (
     rotate_caches,
     transform_objection,
 )
-from qat.ptq.model import Parameters
+from qat.ptq.model import Parameters, is_numeric
 from qat.ptq.weights import Weight
 from qat.transforms import InputTransform
+
+_MADE_BY_CODE = (nnx.RngState, PolicyState, NoiseKey, StackMark, TransformState)
+_LEFT_BY_CALLS = (nnx.Cache, nnx.Intermediate)
+_ELSEWHERE = (nnx.Param, *_MADE_BY_CODE, *_LEFT_BY_CALLS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +49,11 @@ class NnxModel:
     def parameters(self) -> Parameters:
         """All `nnx.Param`."""
         return {path: node[...] for path, node in _parameters(self.module).items()}
+
+    @property
+    def others(self) -> Parameters:
+        """Variables of one array of numbers, but for parameters."""
+        return {path: node.get_value() for path, node in _others(self.module).items()}
 
     def function(self) -> Callable[[Parameters, Any], Any]:
         """A pure function, in which the module is cloned."""
@@ -87,6 +97,14 @@ class NnxModel:
             nodes[path].set_value(value)
         return dataclasses.replace(self, module=module)
 
+    def with_others(self, others: Mapping[str, jax.Array]) -> "NnxModel":
+        """In a copy."""
+        module = nnx.clone(self.module)
+        nodes = _others(module)
+        for path, value in others.items():
+            nodes[path].set_value(value)
+        return dataclasses.replace(self, module=module)
+
     def with_transforms(self, transforms: Mapping[str, InputTransform]) -> "NnxModel":
         """In the slots of a copy's layers."""
         by_layer = {_layer(path): transform for path, transform in transforms.items()}
@@ -121,6 +139,15 @@ class NnxModel:
 def _parameters(module: nnx.Module) -> dict[str, nnx.Param[jax.Array]]:
     nodes = nnx.iter_graph(module)
     return {"/".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}
+
+
+def _others(module: nnx.Module) -> dict[str, nnx.Variable[jax.Array]]:
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Variable) and not isinstance(node, _ELSEWHERE)
+        if is_numeric(node.get_value())
+    }
 
 
 def _layer(path: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import qat
+import qat.linen
 import qat.nnx
 from models.transformer import Transformer, TransformerConfig
 
@@ -57,6 +58,68 @@ def test_a_rotated_residual_and_cache_come_back(tmp_path):
     qat.ptq.save(tmp_path / "model", quantized, report)
     loaded = qat.ptq.load(tmp_path / "model", models[1])
     np.testing.assert_array_equal(loaded(tokens), quantized(tokens))
+
+
+class Normed(nnx.Module):
+    """Statistics of batches, a range that calibration found, and a key that is the code's."""
+
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(24, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(self.norm(self.first(x))))
+
+
+def test_statistics_and_ranges_come_back_bit_for_bit(tmp_path):
+    policy = qat.Policy(activations="int8/fixed")
+    models = [qat.nnx.quantize_model(Normed(seed), policy)[0] for seed in range(2)]
+    models[0].train()
+    qat.nnx.calibrate(models[0], [inputs()])
+    models[0](inputs())
+    for model in models:
+        model.eval()
+    quantized, report = qat.ptq.quantize(models[0], "gptq", "int4/channel", [inputs()])
+    qat.ptq.save(tmp_path / "model", quantized, report)
+    loaded = qat.ptq.load(tmp_path / "model", models[1])
+    np.testing.assert_array_equal(loaded.norm.mean[...], quantized.norm.mean[...])
+    assert np.isfinite(quantized(inputs(2))).all()
+    np.testing.assert_array_equal(loaded(inputs(2)), quantized(inputs(2)))
+    keys = [nnx.to_pure_dict(nnx.state(model, nnx.RngState)) for model in (loaded, models[1])]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), *keys))
+    models[1].norm.mean = nnx.BatchStat(jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"norm/mean is \(16,\) there, \(4,\) here"):
+        qat.ptq.load(tmp_path / "model", models[1])
+
+
+class LinenNormed(nn.Module):
+    """Statistics of batches, and a range that calibration finds."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x))
+        return nn.Dense(8)(x)
+
+
+def test_collections_of_linen_come_back_bit_for_bit(tmp_path):
+    module, _ = qat.linen.quantize_model(LinenNormed(), qat.Policy(activations="int8/fixed"))
+    made = [module.init(jax.random.key(seed), inputs()) for seed in range(2)]
+    variables = qat.linen.calibrate(module, made[0], [inputs()])
+    _, changed = module.apply(variables, inputs(), train=True, mutable=["batch_stats"])
+    quantized, report = qat.ptq.quantize(
+        (module, {**variables, **changed}), "smoothquant", "int4/channel", [inputs()]
+    )
+    qat.ptq.save(tmp_path / "model", quantized, report)
+    loaded, restored = qat.ptq.load(tmp_path / "model", (module, made[1]))
+    assert {"params", "batch_stats", "ranges"} <= set(restored)
+    expected = quantized[0].apply(quantized[1], inputs(2))
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(loaded.apply(restored, inputs(2)), expected)
+    with pytest.raises(ValueError, match=r"ranges/Dense_0/activations is \(\) there, None here"):
+        qat.ptq.load(tmp_path / "model", (module, {**made[1], "ranges": {}}))
 
 
 def test_codes_are_packed(tmp_path):
