@@ -14,8 +14,8 @@ next-token distributions, and how often both think the same token most likely. S
 those of the difference, paired by sequence.
 
 WORKDIR/rows.csv and rows.parquet have a row for each variant and text, positions/ one for each part
-of the context, report.html the tables and figures. Stop it at any moment; the same command goes
-on, and other methods, formats, policies and texts add rows.
+of the context, report.html the tables and figures, also while it runs. Stop it at any moment; the
+same command goes on, and other methods, formats, policies and texts add rows.
 
 Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 preempted by SIGTERM,
 130 stopped by Ctrl-C: run the same command again.
@@ -33,15 +33,15 @@ _CHECKPOINT = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all results (required).")
 _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder for prepared text.")
 _METHODS = flags.DEFINE_list("methods", ["rtn"], "Methods, such as rtn,gptq,quarot+gptq.")
-_FORMATS = flags.DEFINE_list(
-    "formats", ["int2…int8"], "Formats, such as int2…int8,int4/block:32,e2m1,mxfp4,nvfp4."
+_FORMATS = flags.DEFINE_string(
+    "formats", "int2…int8", "Formats, such as int2…int8,int4/block:32,e2m1,mxfp4,codebook(-1,0,1)."
 )
 _POLICY = flags.DEFINE_list("policy", ["w"], "What is quantized: w, wa, kv, or several of them.")
 _TEXT = flags.DEFINE_string(
     "text",
     None,
     "Texts to evaluate on, as data.source of configs/experiment.py names them, with | between "
-    "them; what is not the run's own text is split in halves for evaluation and calibration "
+    "them; text that a method is calibrated with too is split in halves, other text is used whole "
     "(default: validation text of the run; a converted model has none).",
 )
 _SEQUENCES = flags.DEFINE_integer(
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
     """Measures what is missing, writes rows and report, prints the table."""
     del argv
     from launch.rounding import driving
+    from launch.rounding.grid import listed
 
     driving.run(
         driving.Options(
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
             workdir=Path(str(_WORKDIR.value)),
             data_dir=Path(_DATA_DIR.value),
             methods=tuple(_METHODS.value),
-            formats=tuple(_FORMATS.value),
+            formats=tuple(listed(_FORMATS.value)),
             policies=tuple(_POLICY.value),
             texts=tuple(_TEXT.value.split("|")) if _TEXT.value else (),
             sequences=_SEQUENCES.value,

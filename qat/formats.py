@@ -147,7 +147,8 @@ def codebook(name: str, levels: Sequence[float] | np.ndarray) -> Format:
     Raises:
         ValueError: fewer than two levels, equal or non-finite ones, or none above zero.
     """
-    rising = np.sort(np.asarray(levels, np.float32))
+    with np.errstate(over="ignore"):  # infinity is refused
+        rising = np.sort(np.asarray(levels, np.float32))
     if rising.ndim != 1 or rising.size < 2 or not np.isfinite(rising).all():
         raise ValueError(f"codebook {name!r}: expected two or more finite levels, got {levels!r}")
     if not (np.diff(rising) > 0).all() or rising[-1] <= 0:
@@ -285,6 +286,8 @@ _MEANT = {
 }
 _INTEGER = re.compile(r"(u?int)(0|[1-9]\d*)(full)?")
 _FLOAT = re.compile(r"e([1-9]\d*)m(\d+)(ieee)?")
+_LEVELS = re.compile(r"codebook\((.*)\)")
+_EXAMPLE = "codebook(-1,0,1)"
 
 
 def parse_format(name: str) -> Format:
@@ -292,14 +295,14 @@ def parse_format(name: str) -> Format:
 
     Integers ``int1 … int16`` (symmetric; ``int1`` is ``binary``, ±1), ``int2full … int16full``
     (two's complement), ``uint1 … uint16``, floats ``ExMy`` with x = 1…8 exponent and y = 0…10
-    mantissa bits, ``ternary``, ``binary``, ``nf4``, ``bf16``, ``fp16`` and ``none``. ``e4m3`` and
-    ``e5m2`` have the OCP meaning (largest values 448 and 57344); every other ExMy has IEEE bias
-    and all codes finite, which for e2m1, e2m3 and e3m2 is OCP's meaning too. Suffixes: ``ieee``
-    keeps the topmost exponent for infinity and NaN; ``e4m3fnuz``, ``e4m3b11fnuz`` and
-    ``e5m2fnuz`` are the variants without negative zero.
+    mantissa bits, ``ternary``, ``binary``, ``nf4``, ``bf16``, ``fp16``, ``none``, and a codebook
+    by its levels, ``codebook(-1,0,0.5)``. ``e4m3`` and ``e5m2`` have the OCP meaning (largest
+    values 448 and 57344); every other ExMy has IEEE bias and all codes finite, which for e2m1,
+    e2m3 and e3m2 is OCP's meaning too. Suffixes: ``ieee`` keeps the topmost exponent for infinity
+    and NaN; ``e4m3fnuz``, ``e4m3b11fnuz`` and ``e5m2fnuz`` are the variants without negative zero.
 
     Raises:
-        ValueError: unknown name; the message has the nearest valid spelling.
+        ValueError: unknown name; the message has the nearest valid spelling. As `codebook`.
     """
     key = _ALIASES.get(name.strip().lower(), name.strip().lower())
     if key in _NAMED:
@@ -308,11 +311,14 @@ def parse_format(name: str) -> Format:
         return _parsed_integer(name, match[1], int(match[2]), bool(match[3]))
     if match := _FLOAT.fullmatch(key):
         return _parsed_float(name, int(match[1]), int(match[2]), bool(match[3]))
+    if match := _LEVELS.fullmatch(key):
+        return _parsed_codebook(name, match[1])
     integers = [f"{kind}{b}" for kind in ("int", "uint") for b in range(1, 17)]
-    known = [*_NAMED, *_ALIASES, *integers, "int4full", "int8full", "e2m1", "e3m2", "e2m3"]
+    others = ("int4full", "int8full", "e2m1", "e3m2", "e2m3", _EXAMPLE)
+    closest = _MEANT.get(key, nearest(key, [*_NAMED, *_ALIASES, *integers, *others]))
     raise ValueError(
         f"unknown format {name!r}: expected int1…int16, int2full…, uint1…uint16, ExMy, ternary, "
-        f"binary, nf4, bf16, fp16 or none; nearest is {_MEANT.get(key, nearest(key, known))!r}"
+        f"binary, nf4, bf16, fp16, {_EXAMPLE} or none; nearest is {closest!r}"
     )
 
 
@@ -339,3 +345,12 @@ def _parsed_float(name: str, exponent_bits: int, mantissa_bits: int, ieee: bool)
             f"nearest is 'e2m{mantissa_bits}ieee'"
         )
     return (_ieee if ieee else _float)(exponent_bits, mantissa_bits)
+
+
+def _parsed_codebook(name: str, text: str) -> Format:
+    try:
+        fmt = codebook(name, [float(level) for level in text.split(",")])
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"format {name!r}: {error}; expected such as {_EXAMPLE!r}") from None
+    levels = [np.format_float_positional(np.float32(level), trim="-") for level in fmt.values + 0.0]
+    return dataclasses.replace(fmt, name=f"codebook({','.join(levels)})")

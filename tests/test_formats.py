@@ -1,5 +1,7 @@
 """Rounding and codes, bit for bit against ml_dtypes, gfloat and NumPy in float64."""
 
+import re
+
 import gfloat
 import jax
 import jax.numpy as jnp
@@ -283,6 +285,16 @@ def test_other_spellings(alias, name):
     assert parse_format(alias) == parse_format(name)
 
 
+def test_a_codebook_is_spelled_by_its_levels():
+    fmt = parse_format("Codebook(1, -1e0, .1, -0)")
+    assert fmt.name == "codebook(-1,0,0.1,1)"
+    assert parse_format(fmt.name) == fmt
+    np.testing.assert_array_equal(fmt.values, np.float32([-1, 0, 0.1, 1]))
+    for levels in ("", "1,two", "-1,-1", "1,inf", "-2,-1", "0,1e99"):
+        with pytest.raises(ValueError, match=r"expected .* 'codebook\(-1,0,1\)'"):
+            parse_format(f"codebook({levels})")
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -297,8 +309,10 @@ def test_other_spellings(alias, name):
         ("fp4", "e2m1"),
         ("ternery", "ternary"),
         ("e1m3ieee", "e2m3ieee"),
+        ("codebok(-1,1)", "codebook(-1,0,1)"),
     ],
 )
 def test_an_unknown_name_is_an_error_with_the_nearest_spelling(name, nearest):
-    with pytest.raises(ValueError, match=f"{name!r}.*nearest is '{nearest}"):
+    message = f"{re.escape(repr(name))}.*nearest is '{re.escape(nearest)}"
+    with pytest.raises(ValueError, match=message):
         parse_format(name)

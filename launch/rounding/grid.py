@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from qat.policy import Policy
-from qat.ptq import Method
+from qat.ptq import Method, check_quantizer
 from qat.quantizer import Quantizer
 from qat.spelling import expected_one_of
+from qat.training.results import hash_of
 
 POLICIES = ("w", "wa", "kv")
 
@@ -51,6 +52,16 @@ class Variant:
         activations = _per_token(quantizer) if policy == "wa" else None
         return cls(method, quantizer, activations)
 
+    def resized(self, size: int | tuple[int, int] | None) -> "Variant":
+        """With another size of all blocks."""
+
+        def of(quantizer: Quantizer | None) -> Quantizer | None:
+            if quantizer is None or quantizer.block_size is None:
+                return quantizer
+            return dataclasses.replace(quantizer, block_size=size)
+
+        return Variant(self.method, of(self.weights), of(self.activations), of(self.kv_cache))
+
     @property
     def spellings(self) -> tuple[str, str, str, str]:
         """Method and quantizers as result rows have them."""
@@ -65,8 +76,9 @@ class Variant:
 
     @property
     def file_name(self) -> str:
-        """Without a suffix."""
-        return re.sub(r"[^\w.+-]", "_", "-".join(self.spellings))
+        """Without a suffix; codebooks may be longer than file systems allow."""
+        name = re.sub(r"[^\w.+-]", "_", "-".join(self.spellings))
+        return name if len(name) < 200 else f"{name[:150]}-{hash_of({'name': name})}"
 
     def __str__(self) -> str:
         if self == ORIGINAL:
@@ -108,6 +120,11 @@ def variants(
     )
 
 
+def listed(text: str) -> list[str]:
+    """The parts of a list, at commas outside parentheses."""
+    return re.split(r",(?![^(]*\))", text) if text else []
+
+
 def spelled(text: str) -> list[str]:
     """The formats that a range such as "int2…int8" or "int2-8/block:32" stands for, or the text.
 
@@ -131,12 +148,15 @@ def _name(method: Method) -> str:
 
 
 def _quantizer(text: str) -> Quantizer:
-    """Of weights: per channel unless the spelling says otherwise."""
+    """Of weights: per channel unless the spelling says otherwise.
+
+    Raises:
+        ValueError: it is misspelt, or nothing that trained numbers are rounded by.
+    """
     quantizer = Quantizer.parse(text)
-    if not quantizer.quantizes:
-        raise ValueError(f"format {text!r} quantizes nothing: expected such as 'int4'")
     if quantizer.granularity == "tensor" and "tensor" not in text.lower().split("/"):
-        return dataclasses.replace(quantizer, granularity="channel")
+        quantizer = dataclasses.replace(quantizer, granularity="channel")
+    check_quantizer(quantizer)
     return quantizer
 
 

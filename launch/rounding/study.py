@@ -10,16 +10,14 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int32
 
 import qat.ptq
 from launch.rounding.evaluation import Measured, Parts, measure, measure_original
+from launch.rounding.fitting import running_policy
 from launch.rounding.grid import ORIGINAL, Variant
 from launch.rounding.rows import measured, spellings_of
 from launch.rounding.subject import Subject
@@ -52,19 +50,6 @@ class Study:
     calibrated_on: str
     folder: Path
 
-    def check(self, asked: Sequence[Variant]) -> None:
-        """Raises ValueError for a format that does not fit the model, such as too large a block."""
-        seen: set[str] = set()
-        for variant in asked:
-            running = self._policy(variant) or Policy()
-            policy = dataclasses.replace(running, weights=variant.weights)
-            if policy.structure not in seen:
-                seen.add(policy.structure)
-                try:
-                    jax.eval_shape(functools.partial(_forward, self.subject, policy))
-                except ValueError as error:
-                    raise ValueError(f"{variant}: {error}") from None
-
     def missing(self, asked: Sequence[Variant]) -> dict[Variant, list[TextSet]]:
         """Variants with the texts they are still to be measured on.
 
@@ -94,7 +79,7 @@ class Study:
             ValueError: a method cannot take a format.
         """
         start = time.perf_counter()
-        model = self.subject.model(self._policy(ORIGINAL))
+        model = self.subject.model(self._running(ORIGINAL))
         needed = {text.name: text for texts in missing.values() for text in texts}
         on_batch = functools.partial(_tell, advance, ORIGINAL)
         originals = {name: measure_original(model, text, on_batch) for name, text in needed.items()}
@@ -115,19 +100,8 @@ class Study:
                 self._write(variant, found, bits, time.perf_counter() - start)
                 written()
 
-    def _policy(self, variant: Variant) -> Policy | None:
-        """What a variant's model quantizes as it runs: what it was trained with, but for changes.
-
-        The weights of a variant lie rounded in its kernels.
-        """
-        trained = self.subject.policy.operands().items()
-        operands: dict[str, Any] = {name: q for name, q in trained if q and q.quantizes}
-        operands.pop("gradients", None)
-        if variant.weights is not None:
-            operands.pop("weights", None)
-        changed = {"activations": variant.activations, "kv_cache": variant.kv_cache}
-        operands |= {name: q for name, q in changed.items() if q is not None}
-        return Policy(**operands) if operands else None
+    def _running(self, variant: Variant) -> Policy | None:
+        return running_policy(self.subject.policy, variant)
 
     @property
     def _original_bits(self) -> float:
@@ -141,7 +115,7 @@ class Study:
         Raises:
             ValueError: the method cannot take the format.
         """
-        model = self.subject.model(self._policy(variant))
+        model = self.subject.model(self._running(variant))
         if variant.weights is None:
             return model, self._original_bits
         batches = map(jnp.asarray, self.calibration if variant.needs_text else ())
@@ -199,13 +173,6 @@ class Study:
         )
         new = [each for text, result in found for each in measured(row, variant, text, result)]
         write_rows(self.folder / f"{variant.file_name}.jsonl", [*before, *new])
-
-
-def _forward(subject: Subject, policy: Policy) -> jax.Array:
-    """Logits of a model made anew; to be traced alone."""
-    model = Transformer(subject.config, policy, rngs=nnx.Rngs(0))
-    logits_BTV: jax.Array = model(jnp.zeros((1, 2), jnp.int32))
-    return logits_BTV
 
 
 def _tell(advance: Advance, variant: Variant, sequences: int) -> None:

@@ -1,13 +1,14 @@
 """Text to evaluate on, and text to calibrate with, which are never the same documents.
 
 Every text is packed once, as for training (`qat.training.data`), with the model's own tokenizer.
-What it is evaluated on are validation windows, always the same ones in the same order, and what it
-is calibrated with are training windows. Of the text that a model was trained on, the split is that
-of its training; of any other, half of the documents are for each.
+Windows come always in the same shuffled order. Of the text that a model was trained on, the split
+is that of its training: it is evaluated on validation windows and calibrated with training windows.
+Any other text is used whole, unless the same files are for both, of which each then has half of the
+documents.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from jaxtyping import Int32
 from launch.checkpoints import Checkpoint
 from launch.lab import Lab
 from qat.training.data import TextDataset, prepare, train_batches, validation_batches
+from qat.training.sources import parse_source
 
 _TOKENS_OF_A_BATCH = 4096
-_FRACTION_OF_OTHERS = 0.5
+_HALF = 0.5
 _FEWEST = 2  # sequences, for a standard error
 _UNKNOWN_LENGTH, _UNKNOWN_SEQUENCES = 512, 64  # where no run says how it was evaluated
 
@@ -63,11 +65,13 @@ class Library:
         checkpoint: the model.
         data_dir: where prepared text is kept.
         say: takes lines about slow work.
+        shared: share of the documents to evaluate on, of texts that also calibrate; see `sharing`.
     """
 
     checkpoint: Checkpoint
     data_dir: Path
     say: Callable[[str], None]
+    shared: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def own(self) -> str | None:
@@ -78,7 +82,8 @@ class Library:
     @property
     def length(self) -> int:
         """Tokens of a sequence it was evaluated on in training."""
-        length: int = self._data.get("sequence_length", _UNKNOWN_LENGTH)
+        longest = self.checkpoint.sequence_length or _UNKNOWN_LENGTH
+        length: int = self._data.get("sequence_length", min(longest, _UNKNOWN_LENGTH))
         return length
 
     @property
@@ -90,8 +95,27 @@ class Library:
         sequences: int = config["evaluation_batches"] * config["batch_size"]
         return sequences
 
+    def sharing(self, sources: Sequence[str], calibration: str) -> "Library":
+        """The library in which no text to evaluate on has documents that are to calibrate with.
+
+        A document's hash says for which it is, so that texts may overlap in any way.
+
+        Raises:
+            ValueError, OSError: see `qat.training.sources.parse_source`; or files cannot be listed.
+        """
+        files = self._files(calibration)
+        common = [s for s in sources if s == calibration or not files.isdisjoint(self._files(s))]
+        fraction = self._split(calibration) or _HALF
+        return dataclasses.replace(
+            self, shared=dict.fromkeys([*common, calibration] if common else [], fraction)
+        )
+
+    def name(self, source: str, side: str) -> str:
+        """What of a text is used, as rows have it."""
+        return source if self._split(source) is None else f"{source}/{side}"
+
     def dataset(self, source: str, length: int) -> TextDataset:
-        """A text in windows of a length.
+        """A text in windows of a length; all are validation windows where it is not split.
 
         Raises:
             ValueError, OSError: see `qat.training.data.prepare`; or it is what the model was
@@ -99,13 +123,12 @@ class Library:
         """
         if source == self.own and length == self.length:
             return self._own_dataset()
-        fraction = self._data["validation_fraction"] if source == self.own else _FRACTION_OF_OTHERS
         return prepare(
             source,
             length,
             self.data_dir,
             tokenizer=self.checkpoint.tokenizer(self.data_dir),
-            validation_fraction=fraction,
+            validation_fraction=self._split(source),
             on_progress=self.say,
         )
 
@@ -143,14 +166,19 @@ class Library:
             dataset = self.dataset(source, length)
         except ValueError as error:
             raise ValueError(f"{needed}; text {source!r}: {error}") from None
-        there = len(dataset.train.records)
+        whole = self._split(source) is None
+        there = len((dataset.validation if whole else dataset.train).records)
         if there < sequences:
+            beside = "" if whole else " beside those to evaluate on"
             raise ValueError(
-                f"{needed}; text {source!r} has {there:,} such sequences beside those to evaluate "
-                f"on, {there * length:,} tokens: expected more text or smaller "
+                f"{needed}; text {source!r} has {there:,} such sequences{beside}, "
+                f"{there * length:,} tokens: expected more text or smaller "
                 "--calibration_sequences or --calibration_length"
             )
-        tokens_NS = train_batches(dataset, sequences, seed=0).batch_at(0)
+        if whole:
+            tokens_NS = validation_batches(dataset, sequences).batch_at(0)
+        else:
+            tokens_NS = train_batches(dataset, sequences, seed=0).batch_at(0)
         most = max(1, _TOKENS_OF_A_BATCH // length)
         size = next(each for each in range(most, 0, -1) if sequences % each == 0)
         return list(tokens_NS[:, :-1].reshape(-1, size, length))
@@ -160,6 +188,14 @@ class Library:
         """What the run's config says of its text; nothing of a converted model."""
         experiment = self.checkpoint.experiment
         return {} if experiment is None else experiment.config["data"]
+
+    def _split(self, source: str) -> float | None:
+        """Share of a text's documents to evaluate on; None of a text that is used whole."""
+        fraction: float | None = self.shared.get(source)
+        return self._data["validation_fraction"] if source == self.own else fraction
+
+    def _files(self, source: str) -> set[Path]:
+        return {path.resolve() for path in parse_source(source, self.data_dir).files()}
 
     def _own_dataset(self) -> TextDataset:
         """What the model was trained on, as it was then."""
@@ -175,7 +211,15 @@ class Library:
         return dataset
 
     def _text_set(self, source: str, sequences: int, length: int) -> TextSet:
-        dataset = self.dataset(source, length)
+        try:
+            dataset = self.dataset(source, length)
+        except ValueError as error:
+            if source not in self.shared:
+                raise
+            raise ValueError(
+                f"text {source!r} is also calibrated with (expected other --calibration_text, or "
+                f"enough documents for both): {error}"
+            ) from None
         there = len(dataset.validation.records)
         if there < _FEWEST or sequences < _FEWEST:
             raise ValueError(
@@ -185,5 +229,5 @@ class Library:
         if there < sequences:
             self.say(f"text {source}: evaluated on all {there} sequences, {sequences} asked for")
         tokens_NS = validation_batches(dataset, min(there, sequences), 1).batch_at(0)
-        name = f"{source}/validation" + ("" if length == self.length else f"@{length}")
+        name = self.name(source, "validation") + ("" if length == self.length else f"@{length}")
         return TextSet(name, dataset.fingerprint, tokens_NS)

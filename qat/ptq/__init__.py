@@ -16,26 +16,34 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from qat.contractions import naming_layer
-from qat.groups import groups_of
 from qat.ptq.adapters import model_of
+from qat.ptq.blocks import check_blocks
 from qat.ptq.files import load, save
 from qat.ptq.gptq import Gptq
-from qat.ptq.methods import METHODS, Method, Settings
+from qat.ptq.methods import METHODS, Method, Settings, check_quantizer
 from qat.ptq.model import Model
 from qat.ptq.report import ParameterReport, left_alone
 from qat.ptq.rounding import Rounding
-from qat.ptq.rtn import prepared
 from qat.ptq.stream import Stream, batches_of
 from qat.ptq.transforming import Transformation
 from qat.ptq.weights import Weight
 from qat.quantizer import Quantizer
 from qat.spelling import expected_instead, nearest_few
 
-__all__ = ["METHODS", "Gptq", "Method", "ParameterReport", "Settings", "load", "quantize", "save"]
+__all__ = [
+    "METHODS",
+    "Gptq",
+    "Method",
+    "ParameterReport",
+    "Settings",
+    "check_quantizer",
+    "load",
+    "quantize",
+    "save",
+]
 
 
 def quantize(
@@ -72,7 +80,7 @@ def quantize(
             that are not finite.
     """
     quantizer, parsed = Quantizer.of(quantizer), Method.parse(method)
-    _check_quantizer(quantizer)
+    check_quantizer(quantizer)
     settings = Settings() if settings is None else settings
     if not isinstance(settings, Settings):
         raise ValueError(expected_instead("settings", "a qat.ptq.Settings", settings))
@@ -107,18 +115,6 @@ def quantize(
         if path not in reports:
             reports[path] = left_alone(path, value, reasons[path])
     return subject.result, [reports[path] for path in subject.parameters]
-
-
-def _check_quantizer(quantizer: Quantizer) -> None:
-    """Raises ValueError for one that no trained weight can be rounded by."""
-    if not quantizer.host_format().quantizes:
-        raise ValueError(f"quantizer {str(quantizer)!r} leaves weights as they are")
-    prepared(quantizer)
-    if quantizer.scale == "learned":
-        closest = dataclasses.replace(quantizer, scale="mse", value=None)
-        raise ValueError(
-            f"quantizer {str(quantizer)!r}: a learned scale is trained; nearest is {str(closest)!r}"
-        )
 
 
 def _kept_layers(model: Model, skip: str | None) -> set[str]:
@@ -186,9 +182,8 @@ def _check(
             f"nothing to quantize: the model has {len(layers)} dense layers, skip is {skip!r}"
             + (f"; {others}" if others else "")
         )
-    for path, (weight, *_) in targets.items():
+    for path in targets:
         with naming_layer(path.rpartition("/")[0]):
             if not bool(jnp.all(jnp.isfinite(model.parameters[path]))):
                 raise ValueError("its weights are not finite")
-            one = jax.ShapeDtypeStruct(weight.shape[weight.stacked :], jnp.float32)
-            groups_of(one, quantizer, weight.matrix_axes)
+    check_blocks(quantizer, {path: weight for path, (weight, *_) in targets.items()})

@@ -5,8 +5,12 @@ nearest. They compose since a transformation hands on a model that computes what
 """
 
 import dataclasses
+import math
 
+from qat.calibration import needs_value
 from qat.ptq.gptq import Gptq
+from qat.ptq.rtn import prepared
+from qat.quantizer import Quantizer
 from qat.spelling import expected_instead, expected_one_of
 
 TRANSFORMATIONS = ("smoothquant", "awq", "quarot", "llm_int8")
@@ -90,3 +94,32 @@ class Method:
     def __str__(self) -> str:
         """The spelling that `parse` reads."""
         return "+".join((*self.transformations, self.rounding))
+
+
+def check_quantizer(quantizer: Quantizer) -> None:
+    """Looks for what no method can do to trained weights, whatever they are.
+
+    Raises:
+        ValueError: a quantizer that changes nothing, is to be trained, has no number for its scale
+            or no negative values, or rounds stochastically.
+    """
+    fmt, spelling = quantizer.host_format(), str(quantizer)
+    if not fmt.quantizes:
+        raise ValueError(f"quantizer {spelling!r} leaves weights as they are")
+    prepared(quantizer)
+    if quantizer.scale == "learned" or needs_value(quantizer):
+        nearest = dataclasses.replace(quantizer, scale="mse", value=None)
+        wants = "is trained" if quantizer.scale == "learned" else "needs its value"
+        raise ValueError(
+            f"quantizer {spelling!r}: a {quantizer.scale} scale {wants}; nearest is "
+            f"{str(nearest)!r}"
+        )
+    if fmt.lowest >= 0 and not quantizer.zero_point:
+        signed = fmt.name if fmt.is_integer else f"int{max(2, math.ceil(fmt.bits))}"
+        nearest = Quantizer(
+            signed, quantizer.granularity, quantizer.block_size, zero_point=fmt.is_integer
+        )
+        raise ValueError(
+            f"quantizer {spelling!r} would make every negative weight 0; nearest is "
+            f"{str(nearest)!r}"
+        )

@@ -155,7 +155,7 @@ def prepare(
     data_dir: str | Path | None = None,
     *,
     tokenizer: str | Tokenizer = "bytes",
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = 0.05,
     process_index: int = 0,
     wait_seconds: float = 600.0,
     on_progress: Callable[[str], None] = lambda line: None,
@@ -175,7 +175,8 @@ def prepare(
         tokenizer: see `tokenizer.parse_tokenizer`; one of the corpus is learned from the training
             documents, a sample of `SAMPLE_CHARACTERS` if they have more. Or a tokenizer itself,
             such as that of another `TextDataset`.
-        validation_fraction: see `corpus.is_validation`; in (0, 1).
+        validation_fraction: see `corpus.is_validation`; in (0, 1). None is for text that nothing
+            is trained on, not even a tokenizer: all of it is for validation.
         process_index: of this process in the job.
         wait_seconds: how long the other processes wait for process 0.
         on_progress: called with a line now and then when preparation takes long.
@@ -190,7 +191,9 @@ def prepare(
 
     if sequence_length < 1:
         raise ValueError(f"sequence_length {sequence_length} is not at least 1")
-    if not 0 < validation_fraction < 1:
+    if validation_fraction is None:
+        validation_fraction = 1.0
+    elif not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction {validation_fraction} is not in (0, 1)")
     if isinstance(source, str):
         source = sources.parse_source(source, data_dir)

@@ -120,7 +120,7 @@ def write(
 
     Raises:
         OSError: the file system refuses.
-        ValueError: a side is shorter than one window.
+        ValueError: a side that has a share of the split is shorter than one window.
     """
     partial = path.parents[2] / f"incomplete.{path.parents[1].name}.{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
@@ -163,14 +163,7 @@ def read(path: Path) -> tuple[dict[str, Rows], dict[str, Any]]:
         raise FileNotFoundError(f"{path} is not a prepared dataset; expected one of `prepare`'s")
     builder = tfds.builder_from_directory(path)
     metadata = dict(builder.info.metadata)
-    rows: dict[str, Rows] = {}
-    for side in ("train", "validation"):
-        tokens = _tokens(builder.info)
-        shape = (metadata[side]["windows"], tokens.shape[1])
-        on_disk = RowsOnDisk(builder.as_data_source(side), shape)
-        small = shape[0] * shape[1] * np.dtype(tokens.np_dtype).itemsize <= IN_MEMORY_BYTES
-        rows[side] = _in_memory(on_disk) if small else on_disk
-    return rows, metadata
+    return {side: _rows(builder, side) for side in ("train", "validation")}, metadata
 
 
 class _Side:
@@ -210,13 +203,14 @@ class _Side:
             documents: of both sides.
             fraction: of the split.
         """
-        if not self.windows:
+        if not self.windows and not (side == "train" and fraction == 1):
             other = "larger" if side == "validation" else "smaller"
+            split = f", or a {other} data.validation_fraction than {fraction}"
             raise ValueError(
                 f"the {side} side has {self._size} tokens in {self.documents} of the {documents} "
                 f"documents; expected at least one window of {self._shape[1]} tokens: more "
-                "documents (one is a whole file, line of JSON or record, unless it is long), a "
-                f"shorter sequence, or a {other} data.validation_fraction than {fraction}"
+                "documents (one is a whole file, line of JSON or record, unless it is long) or a "
+                f"shorter sequence{split if fraction < 1 else ''}"
             )
         return {
             "documents": self.documents,
@@ -275,6 +269,17 @@ def _info(folder: Path, shape: tuple[int, int], dtype: np.dtype) -> tfds.core.Da
 def _tokens(info: tfds.core.DatasetInfo) -> tfds.features.Tensor:
     """The feature that says shape (R, S) and type of a block."""
     return info.features["tokens"]
+
+
+def _rows(builder: tfds.core.DatasetBuilder, side: str) -> Rows:
+    """The windows of one side."""
+    tokens = _tokens(builder.info)
+    shape = (builder.info.metadata[side]["windows"], tokens.shape[1])
+    if not shape[0]:  # then there are no files, which TFDS does not read
+        return np.zeros(shape, tokens.np_dtype)
+    on_disk = RowsOnDisk(builder.as_data_source(side), shape)
+    small = shape[0] * shape[1] * np.dtype(tokens.np_dtype).itemsize <= IN_MEMORY_BYTES
+    return _in_memory(on_disk) if small else on_disk
 
 
 def _in_memory(rows: RowsOnDisk) -> UInt[np.ndarray, "N S"]:

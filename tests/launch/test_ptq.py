@@ -1,6 +1,7 @@
 """A checkpoint and its variants: the numbers, going on after a stop, what is refused."""
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from launch.lab import Lab
 from launch.rounding import driving, study
 from launch.rounding import subject as subjects
 from launch.rounding.driving import Options
+from launch.rounding.fitting import running_policy
 from launch.rounding.subject import open_subject
 from launch.rounding.texts import Library, TextSet
 from launch.runner import Saving, Watching
@@ -184,10 +186,12 @@ def test_the_same_command_goes_on_where_it_was_killed(ptq, tmp_path, monkeypatch
         write(path, rows)
 
     monkeypatch.setattr(study, "write_rows", killed_at_the_third)
+    monkeypatch.setattr(driving, "_PAGES_APART", 0.0)
     with pytest.raises(KeyboardInterrupt):
         ptq(formats=("int2…int4",))
     monkeypatch.setattr(study, "write_rows", write)
     assert len(pd.read_parquet(tmp_path / "out" / "rows.parquet")) == 2
+    assert "int2/channel" in (tmp_path / "out" / "report.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in written}
     rows = ptq(formats=("int2…int4",))
     assert {path: path.stat().st_mtime_ns for path in written} == before
@@ -251,17 +255,12 @@ def test_the_table_is_sorted_and_the_page_is_whole(ptq, tmp_path, capsys):
     assert "src=" not in text and "<script" not in text
 
 
-def test_a_run_that_was_trained_in_low_precision_keeps_the_rest_of_its_policy(subject, tmp_path):
-    trained = dataclasses.replace(subject.checkpoint, policy=Policy.parse("w4a8kv4"))
-    studied = study.Study(
-        dataclasses.replace(subject, checkpoint=trained), [], [], "none", tmp_path
-    )
+def test_a_run_that_was_trained_in_low_precision_keeps_the_rest_of_its_policy():
+    running = functools.partial(running_policy, Policy.parse("w4a8kv4"))
     (weights, cache) = (driving.variants(["rtn"], ["int3"], [policy])[0] for policy in ("w", "kv"))
-    assert str(studied._policy(weights)) == str(
-        Policy(activations="int8/tensor", kv_cache="int4/token")
-    )
-    assert str(studied._policy(cache)) == str(Policy("int4/channel", "int8/tensor", "int3/token"))
-    assert str(studied._policy(driving.ORIGINAL)) == str(
+    assert str(running(weights)) == str(Policy(activations="int8/tensor", kv_cache="int4/token"))
+    assert str(running(cache)) == str(Policy("int4/channel", "int8/tensor", "int3/token"))
+    assert str(running(driving.ORIGINAL)) == str(
         Policy("int4/channel", "int8/tensor", "int4/token")
     )
 
@@ -277,14 +276,46 @@ def test_batches_are_of_one_shape_and_lose_nothing():
 
 def test_calibration_never_sees_what_is_evaluated(library, place):
     letters = f"folder:{place / 'letters'}"
-    (text,) = library.text_sets([letters], 20, 16)
-    batches = library.calibration(letters, 20, 16)
+    again = f"folder:{place / 'run' / '..' / 'letters'}"  # the same files
+    shared = library.sharing([letters], again)
+    (text,) = shared.text_sets([letters], 20, 16)
+    batches = shared.calibration(again, 20, 16)
     assert sum(map(len, batches)) == 20
     assert all(batch.shape[1] == 16 for batch in batches)
-    dataset = library.dataset(letters, 16)
+    dataset = shared.dataset(again, 16)
     assert dataset.tokenizer == library.checkpoint.tokenizer(place / "data")
     train = {record.tobytes() for record in np.asarray(dataset.train.records)}
     assert not train & {each.astype(np.uint8).tobytes() for each in text.tokens_NS}
+    assert {each.astype(np.uint8).tobytes() for batch in batches for each in batch} <= {
+        record[:-1] for record in train
+    }
+
+
+def test_text_that_is_not_shared_is_used_whole(ptq, place, tmp_path, capsys):
+    """One document has but one side, whether it is evaluated on or calibrated with."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "only.txt").write_text(f"{name} of all the documents there are. " * 20)
+    first, second = (f"folder:{tmp_path / name}" for name in ("first", "second"))
+    tokens = len((tmp_path / "first" / "only.txt").read_bytes()) + 1
+    rows = ptq(texts=(first,), sequences=9999)
+    assert set(rows.eval_set) == {first}
+    assert f"evaluated on all {tokens // 17} sequences" in capsys.readouterr().out
+    (calibrated,) = (
+        row
+        for row in ptq(
+            methods=("gptq",),
+            texts=(first,),
+            sequences=9999,
+            calibration_text=second,
+            calibration_sequences=40,
+        ).to_dict("records")
+        if row["ptq_method"] == "gptq"
+    )
+    assert calibrated["eval_set"] == first
+    assert calibrated["ptq_calibration"].startswith(f"{second} 40×16 ")
+    with pytest.raises(ValueError, match=r"first' is also calibrated with \(expected other --cal"):
+        ptq("other", methods=("gptq",), texts=(first,), calibration_text=first)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +333,16 @@ def test_calibration_never_sees_what_is_evaluated(library, place):
         ({"methods": ("gptq",), "calibration_sequences": 9999}, "calibration needs 9,999 seq"),
         ({"texts": ("folder:/nowhere",)}, "/nowhere is not a folder"),
         ({"texts": ("fodler:x",)}, "unknown source 'fodler:x'"),
+        ({"length": 17}, r"--length=17: the model was trained on .* up to 16 tokens"),
+        ({"calibration_length": 32}, r"--calibration_length=32: .*; expected at most 16"),
         ({"sequences": 1}, "1 sequences of 16 tokens to be evaluated on, expected at least 2"),
-        ({"formats": ("mxfp4",)}, "rtn weights mxfp4: block size 32 does not divide"),
+        (
+            {"formats": ("mxfp4",)},
+            "rtn weights mxfp4: block size 32 does not divide .* is 'e2m1/block:16/e8m0'",
+        ),
         ({"formats": ("mxfp4",), "policies": ("kv",)}, "rtn kv_cache mxfp4: block size 32"),
+        ({"formats": ("int4/block:21x3",)}, "not divide every layer; .* 'int4/block:16x2'"),
+        ({"formats": ("int4/learned",), "methods": ("gptq",)}, "a learned scale is trained"),
         ({"workdir": "letters"}, "letters is not empty and no run made it"),
     ],
 )
@@ -342,8 +380,8 @@ def test_bad_input_is_one_line_and_writes_nothing(place, tmp_path, options, mess
         ),
         (
             "letters",
-            (2, 5000),
-            "calibration needs 2 sequences of 5,000 tokens, 10,000 tokens; .*side has",
+            (2, 50000),
+            "calibration needs 2 sequences of 50,000 tokens, 100,000 tokens; .*side has",
         ),
     ],
 )
@@ -380,13 +418,14 @@ def test_a_converted_model_needs_a_text_and_has_rows_of_its_own(
         subject.checkpoint, experiment=None, row=None, data_fingerprint="unknown"
     )
     monkeypatch.setattr(subjects, "open_checkpoint", lambda folder: checkpoint)
-    options = Options(place / "run", tmp_path / "out", place / "data", formats=("int3",), length=16)
+    assert Library(checkpoint, place / "data", print).length == 16  # of at most 512
+    options = Options(place / "run", tmp_path / "out", place / "data", formats=("int3",), length=8)
     with pytest.raises(ValueError, match=r"says nothing of the text .* --text=folder:PATH"):
         driving.run(options)
     driving.run(dataclasses.replace(options, texts=(f"folder:{place / 'letters'}",)))
     rows = pd.read_parquet(tmp_path / "out" / "rows.parquet")
     assert set(rows.run_id) == {checkpoint.identity}
-    assert rows.eval_set[0] == f"folder:{place / 'letters'}/validation@16"
+    assert rows.eval_set[0] == f"folder:{place / 'letters'}@8"
 
 
 @pytest.mark.slow

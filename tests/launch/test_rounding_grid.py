@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.rounding.grid import ORIGINAL, Variant, spelled, variants
+from launch.rounding.grid import ORIGINAL, Variant, listed, spelled, variants
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,29 @@ from launch.rounding.grid import ORIGINAL, Variant, spelled, variants
 )
 def test_ranges(text, expected):
     assert spelled(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("int4,codebook(-1,0,1)/block:8,e2m1", ["int4", "codebook(-1,0,1)/block:8", "e2m1"]),
+        ("codebook(1,-1),codebook(-1,2)", ["codebook(1,-1)", "codebook(-1,2)"]),
+        ("int4", ["int4"]),
+        ("", []),
+    ],
+)
+def test_lists_are_cut_outside_parentheses(text, expected):
+    assert listed(text) == expected
+
+
+def test_codebooks_are_named_by_their_levels():
+    book = ",".join(str(level / 100) for level in range(-50, 50))
+    short, long, other = variants(
+        ["rtn"], ["codebook(1,0,-1.0)", f"codebook({book})", f"codebook({book},7)"], ["w"]
+    )
+    assert short.spellings[1] == "codebook(-1,0,1)/channel"
+    assert max(len(each.file_name) for each in (short, long, other)) < 200
+    assert long.file_name != other.file_name
 
 
 def test_methods_times_formats_under_each_policy():
@@ -71,7 +94,22 @@ def test_which_methods_see_text():
         (["rtn"], ["imt4"], ["w"], "unknown format.*'imt4'.*nearest is 'int4'"),
         (["rtn"], ["int8…int2"], ["w"], "range 'int8…int2' falls: expected int2…int8"),
         (["rtn"], ["int4/blok:32"], ["w"], "unknown option 'blok:32'"),
-        (["rtn"], ["none"], ["w"], "format 'none' quantizes nothing"),
+        (["rtn"], ["none"], ["w"], "quantizer 'none/channel' leaves weights as they are"),
+        (["rtn"], ["int4", "int4/learned"], ["w"], "scale is trained.* 'int4/channel/mse'"),
+        (["rtn"], ["int4/fixed"], ["kv"], "needs its value; nearest is 'int4/channel/mse'"),
+        (["rtn"], ["int4/stochastic"], ["w"], "rounded to nearest; expected 'int4/channel'"),
+        (
+            ["rtn"],
+            ["uint2…uint4/block:8"],
+            ["w"],
+            "every negative weight 0; nearest is 'uint2/block:8/zero_point'",
+        ),
+        (
+            ["rtn"],
+            ["codebook(0,1,2)"],
+            ["wa"],
+            "every negative weight 0; nearest is 'int2/channel'",
+        ),
         (["rtn"], ["int4"], ["vk"], "unknown policy 'vk': expected one of w, wa, kv"),
         ([], ["int4"], ["w"], "--methods is empty"),
         (["rtn"], [], ["w"], "--formats is empty"),

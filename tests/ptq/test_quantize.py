@@ -13,6 +13,7 @@ from flax import nnx
 import qat
 import qat.linen
 import qat.nnx
+from launch.timing import counting_compiles
 from models.transformer import Transformer, TransformerConfig
 from qat.ptq import Gptq, Method, Settings
 
@@ -141,6 +142,18 @@ def test_gptq_takes_every_kind_of_quantizer(spelling):
     assert line.output_errors[0] < line.rtn_output_errors[0]
 
 
+def test_formats_of_one_structure_share_the_programs_of_layers():
+    model = nnx.Sequential(nnx.Linear(20, 12, rngs=nnx.Rngs(0)), jnp.tanh)
+    model.layers.append(nnx.Linear(12, 4, rngs=nnx.Rngs(1)))
+    data = [jax.random.normal(jax.random.key(i), (64, 20)) for i in range(2)]
+    qat.ptq.quantize(model, "gptq", "int3/channel", data)
+    again = nnx.merge(*nnx.split(model))
+    with counting_compiles() as compiled:
+        for spelling in ("int4/channel", "e2m1/channel"):
+            qat.ptq.quantize(again, "gptq", spelling, data)
+    assert set(compiled) <= {"pack_codes"}  # whose layout is the format's
+
+
 def test_batches_that_differ_tenfold_do_no_harm(mlp):
     uneven = [batch * 10.0 ** (i % 2) for i, batch in enumerate(batches())]
     model, _ = qat.nnx.quantize_model(mlp, qat.Policy(activations="int8/token"))
@@ -232,8 +245,11 @@ def test_outlier_rows_of_two_contracted_axes_stay_exact(heads):
         ({"method": "gptq", "calibration": ()}, "'gptq' looks at the inputs of layers"),
         ({"quantizer": "none"}, "leaves weights as they are"),
         ({"quantizer": "int4/learned"}, "'int4/tensor/learned': a learned scale is trained"),
+        ({"quantizer": "uint4"}, "every negative weight 0; nearest is 'uint4/tensor/zero_point'"),
         ({"quantizer": "int4/stochastic"}, "trained weights are rounded to nearest"),
-        ({"quantizer": "int4/block:7"}, "layer layers/0: block size 7 does not divide"),
+        ({"quantizer": "int4/block:7"}, "layer layers/0: block size 7 .* is 'int4/block:8'"),
+        ({"quantizer": "int4/block:12"}, r"layers/1: .* \(32, 16\); nearest .* is 'int4/block:8'"),
+        ({"quantizer": "int4/block:24x3"}, r"layers/0: .* is 'int4/block:8x2'"),
         (
             {"skip": "layer/.*"},
             "skip 'layer/.*' matches no dense layer; nearest paths are 'layers/",

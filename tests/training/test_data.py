@@ -316,6 +316,14 @@ def test_bad_validation_arguments(dataset):
         data.validation_batches(dataset, 1000)
 
 
+def test_text_that_nothing_is_trained_on_is_whole(tmp_path):
+    dataset = prepare(tmp_path, ["one text of which all is on one side"], validation_fraction=None)
+    assert len(dataset.train.records) == 0
+    assert len(dataset.validation.records) == 37 // (LENGTH + 1)
+    with pytest.raises(ValueError, match="exceeds the 0 windows"):
+        data.train_batches(dataset, 1, 0)
+
+
 def test_bad_corpora(tmp_path):
     with pytest.raises(ValueError, match="unknown source 'stdlb'"):
         data.prepare("stdlb", data_dir=tmp_path)
