@@ -82,12 +82,25 @@ def read_table(path: str | pathlib.Path) -> Table:
     Raises:
         ValueError: for an unknown suffix, or as `as_table` does.
     """
+    return as_table(read_frame(path))
+
+
+def read_frame(path: str | pathlib.Path) -> pd.DataFrame:
+    """Reads a file of rows as they are, unchecked.
+
+    Raises:
+        ValueError: for an unknown suffix, or a file that is not what its suffix says.
+        OSError: if it cannot be opened.
+    """
     path = pathlib.Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         expected = ", ".join(_READERS)
         raise ValueError(f"cannot read {path.name!r}: expected a file ending in {expected}")
-    return as_table(reader(path))
+    try:
+        return reader(path)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"cannot read {path} as {path.suffix}: {error}") from None
 
 
 def as_table(
