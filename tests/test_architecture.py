@@ -38,7 +38,7 @@ ROOMS = {
     "training": ["spelling"],
     "analysis": [*BELOW, "laws"],
     "sweep": ["spelling", "quantizer", "ptq", "training"],
-    "report": ["spelling", "laws", "training"],
+    "report": ["spelling", "laws", "analysis", "training"],
 }
 # And what it may import inside a function, when that is called.
 LATE = {"quantization": ["storage"]}  # QTensor.pack

@@ -3,32 +3,16 @@
 One axis a figure, units on every axis, one colour a quantity throughout.
 """
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qat.laws import Fit, as_table
+from qat.report import drawing
 from qat.report.findings import Summary
 
-_STYLE: dict[str, Any] = {
-    "font.size": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "svg.hashsalt": "qat",
-    "figure.constrained_layout.use": True,
-}
-_SIZE_INCHES = (4.8, 4.3)
-_COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d", "#6b6b6b")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FEWEST_NATS = 1e-4  # below this an added loss is off the logarithmic axis
 
 
@@ -38,7 +22,7 @@ def training_effects(summary: Summary) -> str:
     table = table[table.seed == table.seed.min()]
     order = table.groupby("policy").delta.mean().sort_values().index
     position = {policy: place for place, policy in enumerate(order)}
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         cells = list(table.groupby(["params", "tokens"]))
         for index, ((params, tokens), cell) in enumerate(cells):
             shift = (index - (len(cells) - 1) / 2) * 0.1
@@ -46,7 +30,7 @@ def training_effects(summary: Summary) -> str:
                 cell.policy.map(position) + shift,
                 cell.delta,
                 linestyle="none",
-                **_style(index),
+                **drawing.style(index),
                 label=f"N {params / 1e3:.0f}k, D {tokens / 1e6:.2g}M",
             )
         noise = 2 * summary.paired_noise
@@ -55,13 +39,13 @@ def training_effects(summary: Summary) -> str:
         axes.set_xticks(range(len(order)), list(order))
         axes.set_xlabel("training policy (operand and bits)")
         axes.set_ylabel("added loss (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def rounding_by_tokens(summary: Summary, params: int) -> str:
     """Loss added by rounding one size to each width, against its training tokens."""
     table = summary.rounding[summary.rounding.params == params]
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         for index, (bits, group) in enumerate(table.groupby("bits")):
             means = group.groupby("tokens").agg(delta=("delta", "mean"), se=("delta_se", "mean"))
             means = means[means.delta > _FEWEST_NATS]
@@ -71,7 +55,7 @@ def rounding_by_tokens(summary: Summary, params: int) -> str:
                 means.index / 1e6,
                 means.delta,
                 yerr=np.minimum(means.se, 0.9 * means.delta),
-                **_style(index),
+                **drawing.style(index),
                 capsize=3,
                 label=f"{bits:g} bits",
             )
@@ -79,26 +63,26 @@ def rounding_by_tokens(summary: Summary, params: int) -> str:
         _token_axis(axes, table.tokens)
         axes.set_ylabel("loss added by rounding (nats/token)")
         axes.set_title(f"N = {params:,} parameters", fontsize=12)
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def loss_by_tokens(summary: Summary) -> str:
     """Validation loss of the unquantized runs against tokens, one line a size."""
     table = summary.training[summary.training.policy == "none"]
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         for index, (params, group) in enumerate(table.groupby("params")):
             means = group.groupby("tokens").agg(loss=("loss", "mean"), se=("loss_se", "mean"))
             axes.errorbar(
                 means.index / 1e6,
                 means.loss,
                 yerr=means.se,
-                **_style(index),
+                **drawing.style(index),
                 capsize=3,
                 label=f"N = {params:,}",
             )
         _token_axis(axes, table.tokens)
         axes.set_ylabel("validation loss (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
@@ -106,13 +90,13 @@ def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
     ok = rows[rows.status == "ok"]
     predicted = fit.predict(as_table(ok))
     rounded = (ok.ptq_method != "none").to_numpy()
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         for index, (label, chosen) in enumerate((("trained", ~rounded), ("rounded", rounded))):
             axes.plot(
                 ok.loss[chosen],
                 predicted[chosen],
                 linestyle="none",
-                **_style(index),
+                **drawing.style(index),
                 alpha=0.7,
                 label=f"{label} ({chosen.sum()} rows)",
             )
@@ -120,7 +104,7 @@ def predicted_against_measured(rows: pd.DataFrame, fit: Fit) -> str:
         axes.plot(ends, ends, color="#000000", lw=0.8)
         axes.set_xlabel("measured loss (nats/token)")
         axes.set_ylabel("loss by the law (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def loss_by_bits(lines: pd.DataFrame, original: float, bits: str, label: str) -> str:
@@ -133,30 +117,34 @@ def loss_by_bits(lines: pd.DataFrame, original: float, bits: str, label: str) ->
         bits: name of that column.
         label: of its axis.
     """
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         axes.axhline(original, color="#000000", lw=0.8, label="original")
         for index, (method, group) in enumerate(lines.groupby("method", sort=False)):
-            _draw_families(axes, group, bits, "loss", {**_style(index), "capsize": 3}, str(method))
+            _draw_families(
+                axes, group, bits, "loss", {**drawing.style(index), "capsize": 3}, str(method)
+            )
         axes.set_xscale("log")
         _plain_ticks(axes, lines[bits])
         axes.set_xlabel(label)
         axes.set_ylabel("loss (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def added_by_bits(lines: pd.DataFrame, bits: str, label: str) -> str:
     """Loss added by quantization against the bits it leaves; see `loss_by_bits`."""
     shown = lines[lines.delta > _FEWEST_NATS]
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         for index, (method, _) in enumerate(lines.groupby("method", sort=False)):
             group = shown[shown.method == method]
-            _draw_families(axes, group, bits, "delta", {**_style(index), "capsize": 3}, str(method))
+            _draw_families(
+                axes, group, bits, "delta", {**drawing.style(index), "capsize": 3}, str(method)
+            )
         axes.set_xscale("log")
         axes.set_yscale("log")
         _plain_ticks(axes, lines[bits])
         axes.set_xlabel(label)
         axes.set_ylabel("added loss (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def added_by_position(lines: pd.DataFrame) -> str:
@@ -165,20 +153,20 @@ def added_by_position(lines: pd.DataFrame) -> str:
     Args:
         lines: format, start, stop, delta and delta_se, of one method, policy and text.
     """
-    with _figure() as (figure, axes):
+    with drawing.figure() as (figure, axes):
         for index, (name, group) in enumerate(lines.groupby("format", sort=False)):
             axes.errorbar(
                 (group.start + group.stop) / 2,
                 group.delta,
                 yerr=group.delta_se,
-                **_style(index),
+                **drawing.style(index),
                 capsize=3,
                 label=str(name),
             )
         axes.set_xscale("log")
         axes.set_xlabel("position in the context (tokens)")
         axes.set_ylabel("added loss (nats/token)")
-        return _svg(figure, axes)
+        return drawing.svg(figure, axes)
 
 
 def _draw_families(
@@ -206,14 +194,6 @@ def _plain_ticks(axes: Axes, values: pd.Series) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _style(index: int) -> dict[str, Any]:
-    """Marker and colour of a series."""
-    return {
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "color": _COLOURS[index % len(_COLOURS)],
-    }
-
-
 def _token_axis(axes: Axes, tokens: pd.Series) -> None:
     """Training tokens, logarithmic, with a tick at every budget."""
     axes.set_xscale("log")
@@ -221,22 +201,3 @@ def _token_axis(axes: Axes, tokens: pd.Series) -> None:
     axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlabel("training tokens D (millions)")
-
-
-@contextmanager
-def _figure() -> Iterator[tuple[Figure, Axes]]:
-    """A figure in the report's style; no window system is touched."""
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=_SIZE_INCHES)
-        yield figure, figure.subplots()
-
-
-def _svg(figure: Figure, axes: Axes) -> str:
-    """The figure with its legend below the axis, where it hides nothing."""
-    if entries := len(axes.get_legend_handles_labels()[0]):
-        columns = 2 if entries == 2 else 3
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

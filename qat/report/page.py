@@ -40,9 +40,9 @@ def write(path: Path, summary: Summary, rows: pd.DataFrame, fit: Fit, provenance
         "<h2>Rounding after training</h2>",
         wide_table(_rounding_table(summary)),
         f"<h2>The fitted law: {html.escape(fit.law.name)}</h2>",
-        "<p>Intervals: 95%, bootstrap over rows. Runs of one cell are not independent, so true "
-        "intervals are wider.</p>",
-        wide_table(_fit_table(fit)),
+        "<p>Intervals: 95%, bootstrap over runs, t-corrected. Runs that share a seed are not "
+        "independent, so true intervals are wider.</p>",
+        wide_table(fit_table(fit)),
         "<h2>Provenance</h2>",
         listing((provenance, *_origins(rows))),
     ]
@@ -121,7 +121,8 @@ def _rounding_table(summary: Summary) -> pd.DataFrame:
     return wide.rename(columns={"params": "N", "tokens": "D (tokens)"})
 
 
-def _fit_table(fit: Fit) -> pd.DataFrame:
+def fit_table(fit: Fit) -> pd.DataFrame:
+    """Parameters with their intervals, and which of them the rows do not identify."""
     doubtful = {*fit.diagnostics.unidentified, *fit.diagnostics.few_values}
     return pd.DataFrame(
         {

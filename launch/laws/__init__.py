@@ -1,0 +1,1 @@
+"""What the programs of scaling laws do: fitting, comparing, planning."""
