@@ -4,6 +4,7 @@
     python -m launch.benchmark --suite=training --model=small --model=large
     python -m launch.benchmark --suite=training --model=micro --one_core
     python -m launch.benchmark --suite=sweep
+    python -m launch.benchmark --suite=laws --rounds=200 --json=runs/laws.json
 
 The suite "layers" trains two small models at several precisions with our layers, with Qwix and
 with AQT, side by side, and prints times as ratios to plain Flax. Qwix and AQT are measured where
@@ -14,6 +15,9 @@ all cores together or one alone, as sweeps of small models run.
 
 The suite "sweep" runs a grid of 48 small models by `launch.sweep` and compares the runs an hour
 with those of a loop that starts a process for each; about three minutes.
+
+The suite "laws" times fits, and asks on made-up tables, --rounds for each law, how often intervals
+hold the truth and a comparison prefers the shape that made the rows; some seconds a table.
 
 The machine should have nothing else to do.
 """
@@ -26,6 +30,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import cpu
+from launch.benchmarks import laws as laws_suite
 from launch.benchmarks import layers, sweep, training
 from launch.benchmarks.contenders import SCHEMES
 from launch.benchmarks.models import WORKLOADS
@@ -40,6 +45,10 @@ def _layers() -> list[layers.Row]:
 
 def _training() -> list[layers.Row]:
     return training.run(_models(training.SHAPES), _ROUNDS.value)
+
+
+def _laws() -> list[layers.Row]:
+    return laws_suite.run(_ROUNDS.value)
 
 
 def _models(known: Iterable[str]) -> list[str]:
@@ -58,6 +67,7 @@ SUITES: dict[str, Callable[[], list[layers.Row]]] = {
     "layers": _layers,
     "training": _training,
     "sweep": sweep.run,
+    "laws": _laws,
 }
 
 _SUITE = flags.DEFINE_enum("suite", "layers", list(SUITES), "What to measure.")
@@ -70,6 +80,7 @@ _HEEDED: Mapping[str, Collection[str]] = {
     "layers": ("rounds", "model", "scheme"),
     "training": ("rounds", "model"),
     "sweep": (),
+    "laws": ("rounds",),
 }
 _ONE_CORE = flags.DEFINE_bool("one_core", False, "Run every program on one core.")
 
