@@ -288,6 +288,11 @@ def _placed(params: Params, shardings: Any) -> Params:
     return jax.tree.map(place, params, shardings)
 
 
+def placed_like(params: Params, others: Params) -> Params:
+    """Arrays that every process has whole, on the devices as others are."""
+    return _placed(jax.tree.map(np.asarray, params), jax.tree.map(lambda x: x.sharding, others))
+
+
 def check_batch(config: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
     """Raises ValueError unless devices, by mesh axis, can share every part of a batch evenly."""
     parts, data, fsdp = config["accumulation"], mesh["data"], mesh["fsdp"]

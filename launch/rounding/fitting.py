@@ -19,6 +19,8 @@ from qat.policy import Policy
 from qat.ptq.blocks import nearest_fitting
 from qat.quantizer import Quantizer
 
+SKIP = "embed|head"  # stay unquantized, as in training
+
 
 def running_policy(trained: Policy, variant: Variant) -> Policy | None:
     """What a variant's model quantizes as it runs: what it was trained with, but for changes.

@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 import qat.ptq
 from launch.rounding.evaluation import Measured, Parts, measure, measure_original
-from launch.rounding.fitting import running_policy
+from launch.rounding.fitting import SKIP, running_policy
 from launch.rounding.grid import ORIGINAL, Variant
 from launch.rounding.rows import measured, spellings_of
 from launch.rounding.subject import Subject
@@ -26,8 +26,6 @@ from models.transformer import Transformer
 from qat.analysis import total_bits
 from qat.policy import Policy
 from qat.training.results import UNQUANTIZED_BITS, Row, rows_of, write_rows
-
-_SKIP = "embed|head"  # stay unquantized, as in training
 
 Advance = Callable[[float, str], None]
 
@@ -125,7 +123,7 @@ class Study:
                 method=variant.method,
                 quantizer=variant.weights,
                 calibration=batches,
-                skip=_SKIP,
+                skip=SKIP,
             )
         except ValueError as error:
             raise ValueError(f"{variant}: {error}") from None

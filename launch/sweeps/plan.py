@@ -20,7 +20,7 @@ from qat.training.files import write_whole
 from qat.training.results import hash_of
 
 _FILE = "plan.json"
-_PTQ = ("ptq_methods", "ptq_formats", "ptq_at")
+_PTQ = ("ptq_methods", "ptq_formats", "ptq_at", "ptq_calibration")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 Rounding to nearest is the quantizer of training applied once, so it needs no copy of the model:
 evaluating the trained parameters with that quantizer on the weights is the same, bit for bit, and
-one compiled program serves all formats of one structure. What else the run quantizes in training
-stays as it was. Differences are paired by sequence with the run's own loss.
+one compiled program serves all formats of one structure. Other methods leave their weights in a
+copy of the parameters, calibrated on training text that is the same for all runs of one length.
+What else the run quantizes in training stays as it was. Differences are paired by sequence with the
+run's own loss.
 
 A run in low precision is rounded to fewer bits than it trained with, never to as many or more.
 
@@ -17,25 +19,35 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int32
 
+import qat.ptq
 from launch.experiment import Experiment
-from launch.lab import Lab, LossesOfSequences
+from launch.lab import Lab, LossesOfSequences, placed_like
+from launch.rounding.fitting import SKIP, running_policy
 from launch.rounding.grid import Variant
 from launch.rounding.rows import rounded
 from launch.runner import ROWS, Looks
 from launch.sweeps import failures
+from models.task import model_of
+from models.transformer import split
 from qat.policy import Policy
 from qat.quantizer import Quantizer
 from qat.sweep import Sweep
+from qat.training.data import train_batches
 from qat.training.loop import TrainingResult
 from qat.training.processes import is_first
-from qat.training.results import Row, rows_of, write_rows
+from qat.training.results import Row, hash_of, rows_of, write_rows
 from qat.training.schedule import Schedule
 from qat.training.step import Params
 
 FOLDER = "ptq"
 UNFINISHED = "unfinished"
+_BATCH = 8  # calibration sequences that are in memory at once
 
 Measurement = tuple[int, str, str]  # of a run: tokens, method and quantizer
 
@@ -146,12 +158,44 @@ class Rounding(Looks):
     def _measured(
         self, row: Row, variant: Variant, params: Params, plain: LossesOfSequences
     ) -> Row:
-        """The row with the losses under a policy of other weights."""
+        """The row with the losses of rounded weights."""
         policy = dataclasses.replace(self.experiment.policy, weights=variant.weights)
+        if variant.method != "rtn":
+            policy = running_policy(self.experiment.policy, variant) or Policy()
+            params = self._quantized(variant, params, policy)
         experiment = dataclasses.replace(self.experiment, policy=policy)
         losses = self.lab.evaluate(experiment, params, policy)
         row = rounded(row, variant, losses, losses - plain)
+        row = dataclasses.replace(row, ptq_calibration=self._calibrated_on(variant))
         return row if math.isfinite(row.loss) else dataclasses.replace(row, status="diverged")
+
+    def _quantized(self, variant: Variant, params: Params, policy: Policy) -> Params:
+        """Parameters whose weights a method has rounded."""
+        whole = multihost_utils.process_allgather(params, tiled=True)
+        model = model_of(self.experiment.model, policy, whole)
+        batches = self._calibration if variant.needs_text else ()
+        result, _ = qat.ptq.quantize(model, variant.method, str(variant.weights), batches, SKIP)
+        return placed_like(split(result)[1], params)
+
+    @functools.cached_property
+    def _calibration(self) -> list[Int32[jax.Array, "B T"]]:
+        """Inputs from the text the run is trained on, the same for every seed."""
+        dataset = self.lab.dataset(self.experiment)
+        there, wanted = len(dataset.train.records), self.sweep.ptq_calibration
+        if there < wanted:
+            raise ValueError(f"ptq_calibration = {wanted}: the training text has {there} sequences")
+        tokens_NT = train_batches(dataset, wanted, seed=0).batch_at(0)[:, :-1]
+        size = next(n for n in range(min(_BATCH, wanted), 0, -1) if wanted % n == 0)
+        return [jnp.asarray(part) for part in tokens_NT.reshape(-1, size, tokens_NT.shape[1])]
+
+    def _calibrated_on(self, variant: Variant) -> str:
+        """As `launch.ptq` tells it in rows."""
+        if not variant.needs_text:
+            return "none"
+        tokens = hash_of({"tokens": [np.asarray(batch).tolist() for batch in self._calibration]})
+        length = self._calibration[0].shape[1]
+        source = self.experiment.config["data"]["source"]
+        return f"{source}/train {self.sweep.ptq_calibration}×{length} {tokens}"
 
 
 def narrower(policy: Policy, spellings: tuple[str, ...]) -> list[Quantizer]:

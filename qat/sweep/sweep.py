@@ -14,7 +14,7 @@ from qat.spelling import expected_instead, expected_one_of
 from qat.sweep.grid import Grid, apply
 from qat.training.results import hash_of
 
-_METHODS = ("rtn",)  # that need no calibration
+_METHODS = ("rtn", "gptq", "hqq")  # after which a model computes as before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,11 @@ class Sweep:
     Attributes:
         config: base experiment, a plain nested dict of what JSON can hold.
         grid: what each run changes, in the order in which runs start.
-        ptq_methods: each applied to every finished run, for now "rtn"; empty for none.
+        ptq_methods: each applied to every finished run, "rtn", "gptq" or "hqq"; empty for none.
+            Methods that change a model's inputs are for `launch.ptq`.
         ptq_formats: spellings of `qat.Quantizer`, for each method; empty for none.
         ptq_at: the shares of a run's training after which that is done, in (0, 1].
+        ptq_calibration: sequences of the run's training text that methods which need some see.
 
     Raises:
         ValueError: the grid is empty, names an unknown key or gives two runs that are the same; an
@@ -38,6 +40,7 @@ class Sweep:
     ptq_methods: tuple[str, ...] = ()
     ptq_formats: tuple[str, ...] = ()
     ptq_at: tuple[float, ...] = (1.0,)
+    ptq_calibration: int = 32
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
@@ -82,6 +85,10 @@ class Sweep:
                 raise ValueError(expected_instead("ptq_at", expected, share))
         if not self.ptq_at:
             raise ValueError("ptq_at is empty: expected at least one share, such as 1.0")
+        sequences = self.ptq_calibration
+        if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
+            expected = "a whole number of sequences, such as 32"
+            raise ValueError(expected_instead("ptq_calibration", expected, sequences))
         quantizers = [Quantizer.of(text, "ptq_formats") for text in self.ptq_formats]
         for text, quantizer in zip(self.ptq_formats, quantizers, strict=True):
             if not quantizer.quantizes:
