@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,28 +43,21 @@ class Truth:
     Attributes:
         law: name.
         params: constants.
-        columns: values that the runs take, beside sizes and budgets.
+        settings: of runs, beside sizes and budgets; each size and budget gets a few, at random.
     """
 
     law: str
     params: Mapping[str, float]
-    columns: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    settings: Sequence[Mapping[str, float]] = ({},)
 
     def runs(self, seed: int, noise: float = NOISE) -> pd.DataFrame:
-        """A table with normal noise in the log loss; one column at a time leaves its highest."""
+        """A table with normal noise in the log loss."""
         sizes, data = np.geomspace(1e7, 1e10, 7), np.geomspace(5e8, 2e11, 7)
-        usual = {name: max(values) for name, values in self.columns.items()}
-        settings = [usual] + [
-            usual | {name: value}
-            for name, values in self.columns.items()
-            for value in values
-            if value != usual[name]
-        ]
         rng = np.random.default_rng(seed)
         grid = [
-            {"params": n, "tokens": d, **settings[index]}
+            {"params": n, "tokens": d, **self.settings[index]}
             for n, d in itertools.product(sizes, data)
-            for index in rng.permutation(len(settings))[:_SETTINGS]
+            for index in rng.permutation(len(self.settings))[:_SETTINGS]
         ]
         frame = pd.DataFrame(grid)
         missing = dict.fromkeys(laws.get_law(self.law).names, np.nan)
@@ -72,49 +65,43 @@ class Truth:
         return frame.assign(loss=loss * np.exp(noise * rng.standard_normal(len(frame))))
 
 
-_FEW = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0)
-_OPERANDS = {
-    "weight_bits": _FEW,
-    "activation_bits": (4.0, 5.0, 6.0, 7.0, 8.0, 16.0),
-    "kv_bits": (3.0, 4.0, 5.0, 6.0, 16.0),
-}
-_LOW = {"weight_bits": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0)}
+def _alone(**columns: Sequence[float]) -> list[dict[str, float]]:
+    """Settings in which one column at a time leaves its last value."""
+    usual = {name: values[-1] for name, values in columns.items()}
+    others = [usual | {n: each} for n, values in columns.items() for each in values[:-1]]
+    return [usual, *others]
+
+
+_OPERANDS = _alone(
+    weight_bits=(2, 3, 4, 5, 6, 8, 16),
+    activation_bits=(4, 5, 6, 7, 8, 16),
+    kv_bits=(3, 4, 5, 6, 16),
+)
+_LOW = _alone(weight_bits=(1, 2, 3, 4, 5, 6, 8, 16))
+_OUYANG = {"k": 0.017, "gamma_D": 0.5251, "gamma_N": 0.2261, "gamma_P": 5.4967}
+_SUN = {"n": 69.2, "alpha": 0.2368, "d": 68973.0, "beta": 0.5162, "E": 1.9061}
+_SUN |= {"gamma": 11334.5, "delta": 3.1926, "nu": 2.9543}
+_FREE = {"eff_w2": 0.2, "eff_w3": 0.5, "eff_w4": 0.8}
 TRUTHS = (
     Truth("chinchilla", _SIZE),
     Truth("kaplan", {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}),
     Truth("precision", _SIZE | _ALL, _OPERANDS),
-    Truth("precision", _SIZE | _PTQ, {"ptq_bits": (2.0, 3.0, 4.0, 5.0, 16.0)}),
+    Truth("precision", _SIZE | _PTQ, _alone(ptq_bits=(2, 3, 4, 5, 16))),
     Truth("precision_weibull_plain", _SIZE | {"gamma_w": 2.2, "k_w": 0.7}, _LOW),
     Truth("additive", _SIZE | {"c_w": 1.5, "gamma_w": 1.6}, _LOW),
+    Truth("ouyang", _SIZE | _OUYANG, _alone(ptq_bits=(2, 3, 4, 6, 16))),
     Truth(
-        "ouyang",
-        _SIZE | {"k": 0.017, "gamma_D": 0.5251, "gamma_N": 0.2261, "gamma_P": 5.4967},
-        {"ptq_bits": (2.0, 3.0, 4.0, 6.0, 16.0)},
+        "chen",
+        _SIZE | _CHEN,
+        [{"weight_bits": 16, "weight_group": 256}]
+        + [{"weight_bits": 4, "weight_group": group} for group in (32, 64, 128, 256)],
     ),
-    Truth("chen", _SIZE | _CHEN, {"weight_bits": (4.0,), "weight_group": (32.0, 64.0, 256.0)}),
     Truth(
         "sun",
-        {
-            "n": 69.2,
-            "alpha": 0.2368,
-            "d": 68973.0,
-            "beta": 0.5162,
-            "E": 1.9061,
-            "gamma": 11334.5,
-            "delta": 3.1926,
-            "nu": 2.9543,
-        },
-        {
-            "exponent_bits": (1.0, 2.0, 3.0, 4.0, 5.0),
-            "mantissa_bits": (1.0, 2.0, 3.0, 5.0),
-            "scale_group": (128.0,),
-        },
+        _SUN,
+        _alone(exponent_bits=(1, 2, 3, 4, 8), mantissa_bits=(1, 2, 3, 7), scale_group=(128,)),
     ),
-    Truth(
-        "free_w2_w3_w4",
-        _SIZE | {"eff_w2": 0.2, "eff_w3": 0.5, "eff_w4": 0.8},
-        {"weight_bits": (2.0, 3.0, 4.0, 16.0)},
-    ),
+    Truth("free_w2_w3_w4", _SIZE | _FREE, _alone(weight_bits=(2, 3, 4, 16))),
 )
 SHAPES = {
     "precision_plain": {"gamma_w": 2.67},
@@ -150,7 +137,7 @@ def speed() -> list[Row]:
     for what, case in cases.items():
         with tempfile.TemporaryDirectory() as cache:
             for state in ("nothing compiled", "compiled before"):
-                cpu_s, wall_s = _alone(cache, case)
+                cpu_s, wall_s = _in_a_process(cache, case)
                 rows.append(
                     {"part": "speed", "what": f"{what}; {state}", "cpu_s": cpu_s, "wall_s": wall_s}
                 )
@@ -174,7 +161,7 @@ def coverage(truth: Truth, simulations: int, done: Callable[[], None]) -> Row:
         done()
     return {
         "part": "coverage",
-        "what": f"{truth.law} ({', '.join(truth.columns) or 'size alone'})",
+        "what": f"{truth.law} ({', '.join(truth.settings[0]) or 'size alone'})",
         "share": float(np.mean(held)),
         "tables": simulations,
         "median_error": float(np.median(errors)),
@@ -201,7 +188,7 @@ def preference(name: str, simulations: int, done: Callable[[], None]) -> Row:
     }
 
 
-def _alone(cache: str, case: tuple[str, int, int, int]) -> tuple[float, float]:
+def _in_a_process(cache: str, case: tuple[str, int, int, int]) -> tuple[float, float]:
     """CPU and wall seconds of a fit in a new process, whose compiled programs stay in a folder."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     try:
