@@ -7,8 +7,9 @@ efficiency for every width, such as free_w3_w4. Columns of the table: params, to
 token), and what the law reads (weight_bits, activation_bits, kv_bits, ptq_bits); run_id tells rows
 of one run, loss_se their standard errors.
 
-WORKDIR gets fit.json (for launch.plan and qat.laws.load), sensitivity.csv, and report.html. The
-same command gives the same files; another table, law or setting in the same workdir is refused.
+WORKDIR gets fit.json (for launch.plan and qat.laws.load), with_other_losses.csv,
+without_one_run.csv and report.html. The same command gives the same files; another table, law or
+setting in the same workdir is refused.
 
 Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 and 130 stopped.
 """

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -64,10 +64,15 @@ def load(path: Path, where: str | None = None, drop_highest: int = 0) -> tuple["
 
 
 def _chosen(frame: "pd.DataFrame", where: str) -> "pd.DataFrame":
+    import pandas as pd
+
     try:
-        chosen = frame.query(where)
+        kept: Any = frame.eval(where)
     except Exception as error:  # pandas raises what its parser, Python or NumPy does
         raise ValueError(f"--where={where!r} cannot be read: {error}") from None
+    if not pd.api.types.is_bool_dtype(kept):
+        raise ValueError(f"--where={where!r} is no condition: expected such as 'seed == 0'")
+    chosen: pd.DataFrame = frame.loc[kept]
     if chosen.empty:
         raise ValueError(f"--where={where!r} leaves none of the {len(frame)} rows")
     return chosen

@@ -2,16 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from launch.training import hold
+from launch.laws import workdir
+from launch.progress import Meter
 from qat.analysis.independence import Independence, independence, is_testable
-from qat.laws import Table
+from qat.laws import Table, get_law
+from qat.laws.checklist import fingerprint
 from qat.laws.compare import Comparison, compare
+from qat.laws.holdout import folds
 from qat.report import law_pages
+from qat.report.law_pages import independence_verdict
 from qat.training.files import write_whole
 
 
@@ -43,31 +48,40 @@ def run(table: Table, options: Options) -> None:
         OSError: a file cannot be read or written.
     """
     jax.config.update("jax_platforms", "cpu")
-    print(f"Comparing {len(options.laws)} laws on {len(table)} rows …", flush=True)
-    comparison = compare(table=table, **options.arguments)
+    known = [get_law(name) for name in options.laws]
+    words = {name: list(x) if isinstance(x, tuple) else x for name, x in options.arguments.items()}
+    identity = {"program": "launch.compare", "data": [fingerprint(each, table) for each in known]}
+    identity |= words
+    workdir.check(options.workdir, identity)
+    with Meter("Comparing", len(known) * (1 + _folds(options.holdout, table)), "fits") as meter:
+        done = functools.partial(meter.advance, 1)
+        comparison = compare(table=table, on_fit=done, **options.arguments)
     tested = None
     if is_testable(table):
         print("Testing whether weights, activations and cache are independent …", flush=True)
         tested = independence(table, seed=options.seed)
-    data = next(iter(comparison.fits.values())).checklist["data"]
-    words = {name: list(x) if isinstance(x, tuple) else x for name, x in options.arguments.items()}
-    identity = {"program": "launch.compare", "settings": words, "data": data}
-    with contextlib.ExitStack() as stack:
-        hold(options.workdir, identity, stack)
+    with workdir.writing(options.workdir, identity):
         _write(options.workdir, comparison, tested, table)
     print("\n".join(_lines(comparison, tested)))
     print(f"report: {options.workdir / 'report.html'}")
 
 
-def _write(
-    workdir: Path, comparison: Comparison, tested: Independence | None, table: Table
-) -> None:
+def _folds(holdout: tuple[str, ...], table: Table) -> int:
+    """How many fits of a law leave rows out."""
+    count = 0
+    for name in holdout:
+        with contextlib.suppress(ValueError):  # the comparison says why
+            count += len(folds(name, table))
+    return count
+
+
+def _write(folder: Path, comparison: Comparison, tested: Independence | None, table: Table) -> None:
     for name, fitted in comparison.fits.items():
-        fitted.save(workdir / f"{name}.json")
-    write_whole(workdir / "comparison.csv", comparison.table.to_csv(index=False))
+        fitted.save(folder / f"{name}.json")
+    write_whole(folder / "comparison.csv", comparison.table.to_csv(index=False))
     if tested is not None:
-        write_whole(workdir / "independence.csv", tested.settings.to_csv(index=False))
-    law_pages.write_comparison(workdir / "report.html", comparison, table, tested)
+        write_whole(folder / "independence.csv", tested.settings.to_csv(index=False))
+    law_pages.write_comparison(folder / "report.html", comparison, table, tested)
 
 
 def _lines(comparison: Comparison, tested: Independence | None) -> list[str]:
@@ -81,11 +95,9 @@ def _lines(comparison: Comparison, tested: Independence | None) -> list[str]:
     found.append(f"verdict: {comparison.verdict}")
     if tested is None:
         return [*found, "no run is quantized in several operands: independence was not tested"]
-    broken = tested.settings[tested.settings.breaks]
     found.append(tested.settings.to_string(index=False, float_format="{:.4g}".format))
     return [
         *found,
-        f"independence of weights, activations and cache: p = {tested.p_value:.3g}; "
-        f"the product misses in {len(broken)} of {len(tested.settings)} joint settings",
+        f"independence of weights, activations and cache: {independence_verdict(tested)}",
         *(f"left out, as no run has one of its widths alone: {x}" for x in tested.without_marginal),
     ]

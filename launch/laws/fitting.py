@@ -1,6 +1,5 @@
 """What `launch.fit` does: fit, predict held-out rows, ask how it answers to other choices, tell."""
 
-import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -10,9 +9,10 @@ import jax
 import numpy as np
 import pandas as pd
 
-from launch.training import hold
+from launch.laws import workdir
 from qat import laws
 from qat.laws import Fit, Table
+from qat.laws.checklist import fingerprint
 from qat.laws.holdout import ORDERED, predicted_apart
 from qat.laws.profile import profile
 from qat.laws.sensitivity import sensitivity
@@ -53,6 +53,10 @@ def run(table: Table, left_out: str | None, options: Options, profiles: bool) ->
         OSError: a file cannot be read or written.
     """
     jax.config.update("jax_platforms", "cpu")
+    data = fingerprint(laws.get_law(options.law), table)
+    identity = {"program": "launch.fit", "law": options.law, "profile": profiles, "data": data}
+    identity |= options.arguments
+    workdir.check(options.workdir, identity)
     print(f"Fitting {options.law} to {len(table)} rows …", flush=True)
     fitted = laws.fit(options.law, table, **options.arguments)
     fitted = _described(fitted, table, left_out, options)
@@ -63,10 +67,7 @@ def run(table: Table, left_out: str | None, options: Options, profiles: bool) ->
     }
     if profiles:
         shown["Profile likelihood, 95%"] = _profiles(fitted, table)
-    identity = {"program": "launch.fit", "law": options.law, "profiles": profiles}
-    identity |= {"settings": options.arguments, "data": fitted.checklist["data"]}
-    with contextlib.ExitStack() as stack:
-        hold(options.workdir, identity, stack)
+    with workdir.writing(options.workdir, identity):
         fitted.save(options.workdir / "fit.json")
         for heading, each in shown.items():
             name = heading.split(",")[0].lower().replace(" ", "_")

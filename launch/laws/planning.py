@@ -1,6 +1,5 @@
 """What `launch.plan` does: plan every budget, name critical tokens and next runs, tell."""
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from launch.training import hold
+from launch.laws import workdir
 from qat import laws
 from qat.laws import Fit, Plan, Table
 from qat.laws.table import BITS_COLUMNS, UNQUANTIZED_BITS
@@ -58,14 +57,18 @@ def run(options: Options, table: Table | None) -> None:
     if not (options.flops or options.critical or options.shrink):
         raise ValueError("nothing to plan: give --flops, --critical or --shrink with --table")
     fit = open_fit(options.fit)
+    if options.workdir:
+        if not options.flops:
+            raise ValueError("--workdir is for plans of budgets: give --flops as well")
+        workdir.check(options.workdir, _identity(options, fit))
     plans = [_plan(fit, flops, options) for flops in options.flops]
     said = [line for each in plans for line in (*each.lines(), "")]
     said += list(_critical(fit, options))
     if options.shrink:
         said += _next(fit, table, options)
     print("\n".join(said))
-    if options.workdir and plans:
-        _write(options.workdir, fit, plans, said, options)
+    if options.workdir:
+        _write(options, options.workdir, fit, plans, said)
         print(f"report: {options.workdir / 'report.html'}")
 
 
@@ -123,19 +126,22 @@ def _next(fit: Fit, table: Table | None, options: Options) -> list[str]:
     return [f"next runs for {options.shrink}, the most narrowing per FLOP first:", shown]
 
 
-def _write(workdir: Path, fit: Fit, plans: list[Plan], said: list[str], options: Options) -> None:
+def _write(options: Options, folder: Path, fit: Fit, plans: list[Plan], said: list[str]) -> None:
     """The numbers of all budgets, and the page."""
     rows = pd.DataFrame([_row(each) for each in plans])
     last = plans[-1]
     bits = {} if last.bits is None else dict.fromkeys(last.operands, last.bits.value)
     columns = dict.fromkeys(BITS_COLUMNS, UNQUANTIZED_BITS)
     columns |= options.columns | options.rounding | bits
-    asked: dict[str, Any] = dataclasses.asdict(options) | {"workdir": ""}
-    with contextlib.ExitStack() as stack:
-        identity = {"program": "launch.plan", "asked": hash_of(asked), "fit": hash_of(fit.params)}
-        hold(workdir, identity, stack)
-        write_whole(workdir / "plan.csv", rows.to_csv(index=False))
-        law_pages.write_plan(workdir / "report.html", fit, rows, columns, said)
+    with workdir.writing(folder, _identity(options, fit)):
+        write_whole(folder / "plan.csv", rows.to_csv(index=False))
+        law_pages.write_plan(folder / "report.html", fit, rows, columns, said)
+
+
+def _identity(options: Options, fit: Fit) -> dict[str, Any]:
+    asked = {n: x for n, x in dataclasses.asdict(options).items() if n not in ("fit", "workdir")}
+    asked = {n: list(x) if isinstance(x, tuple) else x for n, x in asked.items()}
+    return {"program": "launch.plan", "fit": hash_of(fit.params), **asked}
 
 
 def _row(plan: Plan) -> dict[str, float]:

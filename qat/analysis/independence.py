@@ -144,7 +144,8 @@ def _with_factors(null: Law, settings: list[Setting]) -> Law:
     def loss(p: Mapping[str, Array], c: Mapping[str, Array]) -> Array:
         params = c["params"]
         for name, setting in names.items():
-            matches = [c[column] == bits for column, bits in zip(_COLUMNS, setting, strict=True)]
+            bits = dict(zip(_COLUMNS, setting, strict=True))
+            matches = [c[column] == bits[column] for column in _COLUMNS if column in c]
             params = params * jnp.where(jnp.all(jnp.stack(matches), axis=0), p[name], 1.0)
         return null.loss(p, {**c, "params": params})
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qat.laws.law import Law
-from qat.laws.record import Settings
+from qat.laws.record import Fit, Settings
 from qat.laws.table import BITS_COLUMNS, UNITS, UNQUANTIZED_BITS, Table
 
 _RANGES = ("params", "tokens", "flops", "loss")
@@ -38,7 +38,7 @@ def checklist(law: Law, table: Table, settings: Settings) -> dict[str, str | Non
         "uncertainty": f"bootstrap by {settings.resampling}, {settings.bootstrap} resamples"
         if settings.bootstrap
         else None,
-        "data": f"sha256 {_fingerprint(frame)}",
+        "data": fingerprint(law, table),
         "code": ", ".join(_version(name) for name in _LIBRARIES),
     }
 
@@ -91,9 +91,22 @@ def _starts(law: Law) -> str:
     return f"{', '.join(spans)}; amplitudes as nats at the mean log params and log tokens"
 
 
-def _fingerprint(frame: pd.DataFrame) -> str:
-    hashed = pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy(np.uint64)
-    return hashlib.sha256(hashed.tobytes()).hexdigest()[:16]
+def fingerprint(law: Law, table: Table) -> str:
+    """Of what a fit of a law sees of a table: its columns, the losses, and which rows are a run."""
+    names = [*law.columns, "loss", *(n for n in ("run_id", "loss_se") if n in table.frame)]
+    seen = table.frame[names].astype(str)
+    hashed = pd.util.hash_pandas_object(seen, index=False).to_numpy(np.uint64)
+    return f"sha256 {hashlib.sha256(hashed.tobytes()).hexdigest()[:16]}"
+
+
+def check_same_rows(fit: Fit, table: Table) -> None:
+    """Raises ValueError if a fit was made of another table; published ones were made of none."""
+    there, here = fit.checklist.get("data"), fingerprint(fit.law, table)
+    if there is not None and there != here:
+        raise ValueError(
+            f"the table is not the one of the fit: its rows are {here}, those of the fit {there}; "
+            "give the same file and the same choice of rows"
+        )
 
 
 def _version(name: str) -> str:

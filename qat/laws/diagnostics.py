@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.laws.law import Law
-from qat.laws.table import Table
+from qat.laws.table import BITS_COLUMNS, Table
 from qat.laws.uncertainty import Intervals, runs_of
 from qat.spelling import expected_one_of
 
@@ -51,13 +51,16 @@ class Diagnostics:
         duplicates: rows that repeat another one in all columns the law reads, the loss included.
         r2: share of the variance of the log loss that the fit explains.
         median_relative_error: median of |predicted / observed - 1|, over rows.
+        ignored: columns of bits below 16 in some rows that the law does not read.
         no_data: parameters left out because no row informs them.
         few_values: parameters whose column takes too few distinct values to tell them: a group
             with fewer quantized bit widths than it needs, an exponent in a group's rows with only
             one, exponents of params and tokens that have one ratio in all rows.
         at_bound: parameters at a bound of their range.
-        unidentified: parameters at a bound, with too few values, or with an interval wider than a
-            factor of ten (than 2.3 for signed parameters).
+        flat: parameters that trade off against others, so that the objective hardly tells: by its
+            curvature at the optimum their intervals are wider than a factor of ten.
+        unidentified: parameters that are flat, at a bound, with too few values, or with an interval
+            wider than a factor of ten (than 2.3 for signed parameters).
     """
 
     objective: float
@@ -74,23 +77,29 @@ class Diagnostics:
     duplicates: int
     r2: float
     median_relative_error: float
+    ignored: tuple[str, ...]
     no_data: tuple[str, ...]
     few_values: tuple[str, ...]
     at_bound: tuple[str, ...]
+    flat: tuple[str, ...]
     unidentified: tuple[str, ...]
 
     @property
     def flags(self) -> tuple[str, ...]:
         """The findings that need attention, one readable line each."""
         lists = {
+            "the law does not read what differs between rows": self.ignored,
             "no data": self.no_data,
             "too few distinct values": self.few_values,
             "at bound": self.at_bound,
+            "flat": self.flat,
             "unidentified": self.unidentified,
         }
         lines = [f"{label}: {', '.join(names)}" for label, names in lists.items() if names]
         if self.share_at_best < LEAST_AGREEMENT:
             lines.append(f"best optimum found by only {self.share_at_best:.1%} of the starts")
+        if 0 < self.runs <= 2 * self.parameters:
+            lines.append(f"only {self.runs} runs for {self.parameters} parameters")
         if self.bootstrap_converged < LEAST_CONVERGED:
             lines.append(f"only {self.bootstrap_converged:.0%} of the resamples converged")
         if self.rows_outside_domain:
@@ -118,6 +127,8 @@ def held_parameters(law: Law, table: Table, fixed: Mapping[str, float]) -> Float
     held = {name: law.neutral[name] for name in idle} | dict(fixed)
     held_P = np.array([held.get(name, np.nan) for name in law.names])
     fitted = int(np.isnan(held_P).sum())
+    if not fitted:
+        raise ValueError(f"all parameters of {law.name!r} are fixed or without data: none is left")
     if len(table) < fitted:
         raise ValueError(f"{len(table)} rows cannot fit {fitted} parameters of {law.name!r}")
     grouped = {name for group in law.groups for name in group.parameters}
@@ -140,7 +151,7 @@ def diagnose(
     log_loss_R = np.log(observed_R[inside_R])
     residual_R = np.log(predicted_R[inside_R]) - log_loss_R
     few_values = too_few_values(law, table) - set(solver["fixed"])
-    suspect = few_values | set(solver["at_bound"])
+    suspect = few_values | {*solver["at_bound"], *solver["flat"]}
     for parameter in law.parameters:
         low, high = map(parameter.coordinate, intervals[parameter.name])
         if high - low > WIDEST_INTERVAL:
@@ -154,8 +165,9 @@ def diagnose(
         sizes=len(table.frame[list(_SIZE_COLUMNS)].drop_duplicates()),
         rows_left_out=table.left_out,
         rows_outside_domain=int((~inside_R).sum()),
+        ignored=_ignored(law, table),
         duplicates=int(table.frame[[*law.columns, "loss", *run_id]].duplicated().sum()),
-        r2=1 - float(np.mean(residual_R**2) / (np.var(log_loss_R) or np.nan)),
+        r2=_explained(residual_R, log_loss_R),
         median_relative_error=float(np.median(np.abs(np.expm1(residual_R)))),
         no_data=tuple(name for name in law.names if np.isnan(params[name])),
         few_values=tuple(name for name in law.names if name in few_values),
@@ -187,6 +199,29 @@ def condition_number(curvature_PP: Floats) -> float:
     scale_P = np.sqrt(np.maximum(np.diagonal(curvature_PP), np.finfo(np.float64).tiny))
     scaled_PP = curvature_PP / np.outer(scale_P, scale_P)
     return float(min(np.linalg.cond(scaled_PP), np.finfo(np.float64).max))
+
+
+def standard_deviations(curvature_PP: Floats) -> Floats:
+    """Root of the diagonal of the inverse, shape (P,); infinite where the curvature is nothing."""
+    scale_P = np.sqrt(np.maximum(np.diagonal(curvature_PP), 0.0))
+    known_P = scale_P > 0
+    inverse_P = np.divide(1.0, scale_P, out=np.zeros_like(scale_P), where=known_P)
+    value_E, vector_PE = np.linalg.eigh(curvature_PP * np.outer(inverse_P, inverse_P))
+    floor = np.finfo(np.float64).eps * len(scale_P)
+    variance_P = vector_PE**2 @ (1 / np.maximum(value_E, floor))
+    return np.where(known_P, np.sqrt(variance_P) * inverse_P, np.inf)
+
+
+def _explained(residual_R: Floats, log_loss_R: Floats) -> float:
+    """Share of the variance that a fit explains; NaN if all losses are the same."""
+    spread = float(np.var(log_loss_R)) if len(log_loss_R) else 0.0
+    return 1 - float(np.mean(residual_R**2)) / spread if spread > 1e-20 else np.nan
+
+
+def _ignored(law: Law, table: Table) -> tuple[str, ...]:
+    """Columns of bits that differ between rows and that the law does not read."""
+    others = [name for name in BITS_COLUMNS if name not in law.columns]
+    return tuple(name for name in others if table.frame[name].nunique() > 1)
 
 
 def _one_ratio(columns: Mapping[str, Floats]) -> bool:

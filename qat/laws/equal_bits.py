@@ -20,9 +20,9 @@ def equal_bits(
 
     Args:
         table: runs with params, loss (nats per token), the column of widths and, if there is one,
-            ``total_bits`` (bits of the whole model, scales included); else it is params times
-            width. Rows of one total and width, such as other texts and seeds, are averaged, so
-            choose rows of one training length and text.
+            ``total_bits`` in every row (of the whole model, scales included); else it is params
+            times width. Rows of one total and width, such as other texts and seeds, are averaged,
+            so choose rows of one training length and text.
         width: column of the widths.
         points: totals, evenly spaced in the logarithm; those with one curve alone are left out.
 
@@ -36,7 +36,7 @@ def equal_bits(
     table = as_table(table)
     columns = table.columns(("params", "loss", width))
     total_R = columns["params"] * columns[width]
-    if "total_bits" in table.frame:
+    if "total_bits" in table.frame and (table.frame["total_bits"] > 0).all():
         total_R = table.columns(("total_bits",))["total_bits"]
     rows = pd.DataFrame({"bits": columns[width], "total": np.log(total_R), "loss": columns["loss"]})
     means = rows.groupby(["bits", "total"], as_index=False).mean()

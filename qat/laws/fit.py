@@ -9,9 +9,16 @@ from numpy.typing import NDArray
 
 from qat.laws import solver, uncertainty
 from qat.laws.checklist import checklist
-from qat.laws.diagnostics import condition_number, diagnose, held_parameters
+from qat.laws.diagnostics import (
+    WIDEST_INTERVAL,
+    condition_number,
+    diagnose,
+    held_parameters,
+    standard_deviations,
+)
 from qat.laws.forms import get_law
 from qat.laws.law import Law, float64_on_cpu
+from qat.laws.likelihood import deviance_unit
 from qat.laws.record import Fit, Settings
 from qat.laws.solver import Lanes, Problem, Rows
 from qat.laws.table import Table, as_table
@@ -63,42 +70,50 @@ def fit(
     settings = Settings(loss, delta, weights, resampling, bootstrap, starts, seed, chosen)
     law, table = get_law(law), as_table(table)
     held_P = held_parameters(law, table, chosen)
-    rng = np.random.default_rng(seed)
-    start_LP = rng.uniform(*law.coordinates("starts"), (starts, len(law.names)))
-    run_R, fitted = uncertainty.runs_of(table), int(np.isnan(held_P).sum())
     with float64_on_cpu():
-        problem = solver.pose(law, table, held_P)
-        rows, found = _minimise(law, problem, table, settings, start_LP)
-        best = found.take(found.objective.argmin())
-        values = law.decode(best.u, problem.mean_log, problem.held)
-        predicted_R = np.log(law.loss(values, problem.columns))[: len(table)]
-        resampled = uncertainty.resample(
-            rng, resampling, bootstrap, run_R, rows, predicted_R, fitted
-        )
-        drawn = _minimise_resamples(law, problem, settings.threshold, found, resampled)
-        draws = law.decode(drawn.u, problem.mean_log, problem.held)
-    known = np.isnan(held_P) | np.isin(law.names, list(chosen))
-    params = {
-        name: float(values[name]) if is_known else np.nan
-        for name, is_known in zip(law.names, known, strict=True)
-    }
-    fitted_names = [name for name, held in zip(law.names, held_P, strict=True) if np.isnan(held)]
-    samples = {name: np.asarray(draws[name]) for name in fitted_names} if bootstrap else {}
-    units = int(run_R.max()) + 1
+        params, samples, findings = _solve(law, table, settings, held_P)
+    runs, fitted = int(uncertainty.runs_of(table).max()) + 1, findings["parameters"]
     intervals = {
-        name: uncertainty.interval(samples.get(name), 0.95, "t", units, fitted)
-        for name in law.names
-    }
-    findings = _of_solver(law, problem, found, settings) | {
-        "bootstrap_converged": float(drawn.converged.mean()) if bootstrap else np.nan,
-        "parameters": fitted,
-        "fixed": tuple(chosen),
+        name: uncertainty.interval(samples.get(name), 0.95, "t", runs, fitted) for name in law.names
     }
     diagnostics = diagnose(law, table, params, intervals, findings)
     columns = table.columns(law.columns)
     ranges = {name: (float(x_R.min()), float(x_R.max())) for name, x_R in columns.items()}
     said = checklist(law, table, settings)
     return Fit(law, params, samples, diagnostics, settings, said, ranges)
+
+
+def _solve(
+    law: Law, table: Table, settings: Settings, held_P: Floats
+) -> tuple[dict[str, float], dict[str, Floats], dict[str, Any]]:
+    """Parameters, their bootstrap draws, and what the solver says of its optimum."""
+    rng, fits_P = np.random.default_rng(settings.seed), np.isnan(held_P)
+    start_LP = rng.uniform(*law.coordinates("starts"), (settings.starts, len(law.names)))
+    problem = solver.pose(law, table, held_P)
+    rows, found = _minimise(law, problem, table, settings, start_LP)
+    best = found.take(found.objective.argmin())
+    values = law.decode(best.u, problem.mean_log, problem.held)
+    with np.errstate(invalid="ignore", divide="ignore"):  # and refused
+        predicted_R = np.log(np.asarray(law.loss(values, problem.columns))[: len(table)])
+    _check_finite(law, table, predicted_R, best)
+    fitted, run_R = int(fits_P.sum()), uncertainty.runs_of(table)
+    kind, count = settings.resampling, settings.bootstrap
+    resampled = uncertainty.resample(rng, kind, count, run_R, rows, predicted_R, fitted)
+    drawn = _minimise_resamples(law, problem, settings.threshold, found, resampled)
+    draws = law.decode(drawn.u, problem.mean_log, problem.held)
+    residual_R = predicted_R - rows.log_loss
+    unit = deviance_unit(residual_R, rows.weight, settings.threshold, fitted)
+    findings = _of_solver(law, problem, found, settings) | {
+        "flat": _flat(law, best, held_P, unit),
+        "bootstrap_converged": float(drawn.converged.mean()) if count else np.nan,
+        "parameters": fitted,
+        "fixed": tuple(settings.fixed),
+    }
+    known = {n for n, fits in zip(law.names, fits_P, strict=True) if fits or n in settings.fixed}
+    params = {name: float(values[name]) if name in known else np.nan for name in law.names}
+    drawn_names = [name for name in law.names if name in known - settings.fixed.keys()]
+    samples = {name: np.asarray(draws[name]) for name in drawn_names} if count else {}
+    return params, samples, findings
 
 
 def _minimise(
@@ -156,6 +171,26 @@ def _minimise_resamples(
     lanes = solver.minimise(law, problem, threshold, start_LP, repeated)
     winner_S = lanes.objective.reshape(-1, len(optima)).argmin(axis=1)
     return lanes.take(np.arange(count) * len(optima) + winner_S)
+
+
+def _check_finite(law: Law, table: Table, predicted_R: Any, best: Lanes) -> None:
+    """Raises ValueError if even the best start has an objective that is no number."""
+    if np.isfinite(best.objective):
+        return
+    bad = np.flatnonzero(~np.isfinite(np.asarray(predicted_R)))
+    where = f", for one at row {table.frame.index[bad[0]]}" if bad.size else ""
+    raise ValueError(
+        f"law {law.name!r} gives no finite, positive loss to all rows from any start{where}"
+    )
+
+
+def _flat(law: Law, best: Lanes, held_P: Floats, unit: float) -> tuple[str, ...]:
+    """Parameters that the objective's curvature does not tell, by 95% intervals."""
+    fitted_P = np.isnan(held_P)
+    curvature_PP = best.irls[np.ix_(fitted_P, fitted_P)] * unit / 2
+    width_P = 2 * 1.96 * standard_deviations(curvature_PP)
+    names = [name for name, fits in zip(law.names, fitted_P, strict=True) if fits]
+    return tuple(name for name, w in zip(names, width_P, strict=True) if w > WIDEST_INTERVAL)
 
 
 def _of_solver(law: Law, problem: Problem, found: Lanes, settings: Settings) -> dict[str, Any]:

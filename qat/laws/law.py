@@ -67,6 +67,15 @@ class Parameter:
     signed: bool = False
     powers: tuple[tuple[str, str | float, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        (low, high), (first, last) = self.bounds, self.starts
+        if not (low < high and low <= first <= last <= high and (self.signed or low > 0)):
+            positive = "" if self.signed else "0 < "
+            raise ValueError(
+                f"parameter {self.name or self.meaning!r}: expected {positive}bounds[0] <= starts "
+                f"<= bounds[1], got bounds {self.bounds} and starts {self.starts}"
+            )
+
     @property
     def exponents(self) -> tuple[tuple[str, str], ...]:
         """Columns that it multiplies with the parameters that are their exponents."""
@@ -74,7 +83,9 @@ class Parameter:
 
     def coordinate(self, value: float) -> float:
         """The fitted coordinate of a value, before centring."""
-        return value if self.signed else float(np.log(value))
+        if self.signed:
+            return value
+        return float(np.log(value)) if value > 0 else -np.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +126,7 @@ class Law:
         columns: the columns ``loss`` reads.
         groups: parameters that need quantized rows.
         domain: where the law means anything, as booleans; everywhere if None.
+        whole: whether it is a loss, or a term that others add to one.
     """
 
     name: str
@@ -124,6 +136,7 @@ class Law:
     columns: tuple[str, ...]
     groups: tuple[Group, ...] = ()
     domain: RowFunction | None = None
+    whole: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -233,12 +246,16 @@ def law(formula: str) -> Callable[[Callable[..., Array]], Law]:
         ValueError: a keyword argument has no such annotation, or an amplitude names a column or an
             exponent that the function does not take.
     """
+    if not isinstance(formula, str):
+        raise ValueError("@law takes the formula first: @law('A N^-alpha + E')")
 
     def declared(function: Callable[..., Array]) -> Law:
         arguments = inspect.signature(function, eval_str=True).parameters.values()
         columns = tuple(each.name for each in arguments if each.kind is not each.KEYWORD_ONLY)
         rest = [each for each in arguments if each.kind is each.KEYWORD_ONLY]
         parameters = tuple(_declaration(function.__name__, each) for each in rest)
+        if not columns:
+            raise ValueError(f"law {function.__name__!r} reads no column: expected such as params")
         _check_powers(function.__name__, columns, parameters)
 
         def loss(values: Values, table: Values) -> Array:

@@ -17,6 +17,8 @@ from scipy import optimize, special
 # Arrays end in their axes: R rows.
 Floats = NDArray[np.float64]
 
+_NO_SPREAD = 1e-40  # of squared residuals: float64's own noise
+
 
 def huber(residual_R: Floats, delta: float) -> Floats:
     """Huber's function, in NumPy."""
@@ -76,4 +78,4 @@ def deviance_unit(residual_R: Floats, weight_R: Floats, delta: float, parameters
     inside = float(np.mean(np.abs(residual_R) <= window))
     curvature = float(weight_R.mean()) * inside * (1.0 if np.isinf(delta) else delta / window)
     spread = float(slope_R @ slope_R) / max(len(slope_R) - parameters, 1)
-    return 2 * curvature / spread
+    return 2 * curvature / max(spread, _NO_SPREAD)

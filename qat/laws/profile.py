@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from qat.laws import solver
+from qat.laws.checklist import check_same_rows
 from qat.laws.diagnostics import held_parameters
 from qat.laws.law import Parameter, float64_on_cpu
 from qat.laws.likelihood import deviance_unit
@@ -53,10 +54,11 @@ def profile(fit: Fit, table: Table | pd.DataFrame, parameter: str, level: float 
         level: of confidence.
 
     Raises:
-        ValueError: for a parameter that is unknown or was not fitted, a level outside (0, 1), or a
-            fit with other weights.
+        ValueError: for another table than the fit's, a parameter that is unknown or was not fitted,
+            a level outside (0, 1), or a fit with other weights.
     """
     law, table = fit.law, as_table(table)
+    check_same_rows(fit, table)
     held_P = held_parameters(law, table, fit.settings.fixed)
     fitted = [name for name, held in zip(law.names, held_P, strict=True) if np.isnan(held)]
     if parameter not in fitted:

@@ -141,8 +141,10 @@ _NOTHING_KNOWN = Diagnostics(
     duplicates=0,
     r2=np.nan,
     median_relative_error=np.nan,
+    ignored=(),
     no_data=(),
     few_values=(),
     at_bound=(),
+    flat=(),
     unidentified=(),
 )

@@ -58,7 +58,7 @@ class Settings:
         return {"huber": self.delta, "lad": LAD_DELTA, "l2": np.inf}[self.loss]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Fit:
     """A fitted law. Two fits are equal when what they save is equal, NaN included.
 
@@ -85,6 +85,10 @@ class Fit:
 
     def __hash__(self) -> int:
         return hash(self._text())
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value:.5g}" for name, value in self.params.items())
+        return f"Fit({self.law.name}: {values}; {self.diagnostics.rows} rows)"
 
     @property
     def intervals(self) -> uncertainty.Intervals:
@@ -177,6 +181,8 @@ def load(path: str | pathlib.Path, law: Law | None = None) -> Fit:
     law = law or get_law(name)
     if law.name != name:
         raise ValueError(f"{path} holds a fit of law {name!r}, not of {law.name!r}")
+    if (law.formula, [*law.names]) != (saved["formula"], [*saved["params"]]):
+        raise ValueError(f"{path} holds a fit of another law {name!r}, {saved['formula']}: give it")
     return Fit(
         law=law,
         params=saved["params"],

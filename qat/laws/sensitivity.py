@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from qat.laws import solver
+from qat.laws.checklist import check_same_rows
 from qat.laws.diagnostics import held_parameters
 from qat.laws.law import float64_on_cpu
 from qat.laws.record import LAD_DELTA, Fit
@@ -43,8 +44,12 @@ def sensitivity(fit: Fit, table: Table | pd.DataFrame) -> Sensitivity:
     Args:
         fit: whose optimum all start from.
         table: the rows of the fit.
+
+    Raises:
+        ValueError: for another table.
     """
     law, table = fit.law, as_table(table)
+    check_same_rows(fit, table)
     held_P = held_parameters(law, table, fit.settings.fixed)
     log_loss_R, run_R = np.log(table.columns(["loss"])["loss"]), runs_of(table)
     with float64_on_cpu():

@@ -35,10 +35,13 @@ INTERVALS = ("t", "percentile")
 
 
 def runs_of(table: Table) -> NDArray[np.intp]:
-    """The number of the run of every row, shape (R,)."""
+    """The number of the run of every row, shape (R,); a row without ``run_id`` is a run."""
     if "run_id" not in table.frame:
         return np.arange(len(table))
-    return np.asarray(pd.factorize(table.frame["run_id"])[0], np.intp)
+    run_R, known = pd.factorize(table.frame["run_id"])
+    nameless_R = run_R < 0
+    run_R[nameless_R] = len(known) + np.arange(nameless_R.sum())
+    return np.asarray(run_R, np.intp)
 
 
 def resample(

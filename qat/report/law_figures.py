@@ -107,7 +107,7 @@ def by_budget(path: pd.DataFrame, quantity: str, label: str, logarithmic: bool) 
         path: flops, and the quantity with quantity_low and quantity_high.
         quantity: such as "bits".
         label: of its axis.
-        logarithmic: whether that axis is.
+        logarithmic: whether that axis is; else it is one of bits, from none to unquantized.
     """
     with drawing.figure() as (figure, axes):
         low, high = path[f"{quantity}_low"], path[f"{quantity}_high"]
@@ -116,6 +116,8 @@ def by_budget(path: pd.DataFrame, quantity: str, label: str, logarithmic: bool) 
         axes.set_xscale("log")
         if logarithmic:
             axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, UNQUANTIZED_BITS)
         axes.set_xlabel("budget (FLOPs of bfloat16)")
         axes.set_ylabel(label)
         return drawing.svg(figure, axes)
@@ -129,15 +131,15 @@ def factors(settings: pd.DataFrame) -> str:
         for _, row in settings.iterrows()
     ]
     with drawing.figure() as (figure, axes):
+        figure.set_figheight(max(figure.get_figheight(), 0.22 * len(names)))
         axes.axvline(1, color="#000000", lw=0.8)
-        for broken, index, label in ((False, 0, "as the product"), (True, 2, "not")):
+        for broken, index, label in ((False, 0, "as the product"), (True, 2, "not as the product")):
             rows = np.flatnonzero(settings.breaks == broken)
             shown = settings.iloc[rows]
             ends = [(shown.factor - shown.low).clip(0), (shown.high - shown.factor).clip(0)]
             style = drawing.style(index)
             axes.errorbar(shown.factor, rows, xerr=ends, ls="", capsize=2, **style, label=label)
         axes.set_yticks(range(len(names)), names)
-        axes.set_xscale("log")
         axes.set_xlabel("factor on N_eff of the product")
         return drawing.svg(figure, axes)
 

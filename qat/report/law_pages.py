@@ -28,7 +28,7 @@ def write_fit(path: Path, fit: Fit, table: Table, tables: Mapping[str, pd.DataFr
     sections = [
         f"<p><code>{html.escape(fit.law.formula)}</code></p>",
         "<h2>Look at this first</h2>",
-        listing(fit.diagnostics.flags or ("no warning",)),
+        listing(_flags(fit)),
         listing((quality(fit),)),
         "<h2>Parameters</h2>",
         "<p>Intervals: 95%, bootstrap, t-corrected.</p>",
@@ -46,18 +46,20 @@ def write_comparison(
     path: Path, comparison: Comparison, table: Table, tested: Independence | None
 ) -> None:
     """Writes the page of a comparison, and of a test of independence if there was one."""
+    fits = comparison.fits
     drawn = [
         (law_figures.against_measured(fit, table), f"{name} against every row.")
-        for name, fit in comparison.fits.items()
+        for name, fit in fits.items()
     ]
     sections = [
         "<h2>Verdict</h2>",
-        listing((comparison.verdict, *map(str, comparison.not_held_out.values()))),
+        listing((comparison.verdict, *comparison.not_held_out.values())),
+        listing([f"{name}: {flag}" for name in fits for flag in _flags(fits[name])]),
         "<h2>Criteria</h2>",
         "<p>AICc and BIC above the best; hold-outs: root mean square log residual of the rows the "
         "fit did not see.</p>",
         wide_table(comparison.table.round(5)),
-        "<h2>Shared parameters</h2>",
+        "<h2>Parameters that laws share, with 95% intervals</h2>",
         wide_table(comparison.intervals().round(5)),
         "<h2>Figures</h2>",
         grid_of(drawn),
@@ -65,7 +67,7 @@ def write_comparison(
     if tested is not None:
         sections += [
             "<h2>Are weights, activations and cache independent?</h2>",
-            listing((f"p = {tested.p_value:.3g} that the factors below are chance",)),
+            listing((independence_verdict(tested),)),
             grid_of(
                 [(law_figures.factors(tested.settings), "Factor on the product of marginals, 95%.")]
             ),
@@ -96,15 +98,16 @@ def write_plan(
             "Loss in nats per token; bits as at the last budget.",
         )
     ]
+    band = ", with its 95% band" if fit.samples else "; constants as published have no band"
     labels = {"params": "N*", "tokens": "D*", "bits": "P* (bits)"}
     drawn += [
-        (law_figures.by_budget(path_of_budgets, name, label, name != "bits"), f"{label}, 95% band.")
+        (law_figures.by_budget(path_of_budgets, name, label, name != "bits"), f"{label}{band}.")
         for name, label in labels.items()
         if name in path_of_budgets
     ]
     sections = [
         "<h2>Plans</h2>",
-        listing(lines),
+        f"<pre>{html.escape(chr(10).join(lines))}</pre>",
         "<h2>Figures</h2>",
         grid_of(drawn),
         "<h2>Numbers</h2>",
@@ -127,6 +130,20 @@ def quality(fit: Fit) -> str:
         f"starts reach the best, gradient norm {found.gradient_norm:.1e}, "
         f"condition {found.condition_number:.1e}"
     )
+
+
+def independence_verdict(tested: Independence) -> str:
+    """What the test of independence says, in one line."""
+    broken = int(tested.settings.breaks.sum())
+    return (
+        f"were operands independent, a table would depart from the product as far as this one with "
+        f"probability {tested.p_value:.3g}; by itself {broken} of {len(tested.settings)} joint "
+        "settings departs"
+    )
+
+
+def _flags(fit: Fit) -> tuple[str, ...]:
+    return fit.diagnostics.flags or ("no warning",)
 
 
 def checklist(fit: Fit) -> pd.DataFrame:

@@ -142,7 +142,7 @@ def test_a_comparison_tests_independence_where_it_can(tmp_path, capsys):
     )
     comparing.run(laws.as_table(frame), asked)
     said = capsys.readouterr().out
-    assert "independence of weights, activations and cache: p = " in said
+    assert "by itself 0 of 1 joint settings departs" in said
     assert "verdict: " in said
     assert laws.load(tmp_path / "all" / "kaplan.json").law.name == "kaplan"
     assert len(pd.read_csv(tmp_path / "all" / "independence.csv")) == 1
@@ -164,6 +164,7 @@ def test_numbers_of_flags():
     ("arguments", "message"),
     [
         ({"where": "params > 1e30"}, "--where='params > 1e30' leaves none of the 120 rows"),
+        ({"where": "tokens"}, "--where='tokens' is no condition: expected such as 'seed == 0'"),
         ({"where": "params >"}, "--where='params >' cannot be read"),
         ({"drop_highest": 120}, "--drop_highest=120 leaves none of 120 rows"),
         ({"path": Path("rows.txt")}, "cannot read 'rows.txt'"),

@@ -1,15 +1,18 @@
 """Resamples, intervals, profiles and sensitivities against theory, scipy and plain refits."""
 
 import functools
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import pytest
+from jax import Array
 from scipy import stats
 from scipy.optimize import least_squares
 
 from qat import laws
 from qat.laws import uncertainty
+from qat.laws.diagnostics import standard_deviations
 from qat.laws.likelihood import _log_normaliser, deviance_unit, huber, log_likelihood
 from qat.laws.profile import profile
 from qat.laws.sensitivity import sensitivity
@@ -251,3 +254,78 @@ def test_one_ratio_of_tokens_to_parameters_and_repeated_rows_are_flagged():
     assert set(found.few_values) == {"A", "B", "alpha", "beta"}
     assert found.duplicates == 3
     assert any("repeat" in flag for flag in found.flags)
+
+
+def test_rows_whose_bits_the_law_does_not_read_are_flagged():
+    frame = runs().assign(ptq_bits=np.where(np.arange(ROWS) % 2, 4, 16), kv_bits=8)
+    found = laws.fit("chinchilla", frame, bootstrap=0, starts=16).diagnostics
+    assert found.ignored == ("ptq_bits",)
+    assert "the law does not read what differs between rows: ptq_bits" in found.flags
+
+
+def test_parameters_that_trade_off_or_do_nothing_are_unidentified():
+    @laws.law("A N^-alpha + B D^-beta + E + F")
+    def doubled(
+        params: Array,
+        tokens: Array,
+        *,
+        A: Annotated[Array, laws.amplitude("nats", per={"params": "alpha"})],
+        B: Annotated[Array, laws.amplitude("nats", per={"tokens": "beta"})],
+        E: Annotated[Array, laws.irreducible()],
+        F: Annotated[Array, laws.irreducible()],
+        alpha: Annotated[Array, laws.exponent("of size")],
+        beta: Annotated[Array, laws.exponent("of data")],
+        idle: Annotated[Array, laws.positive("of nothing", (0.1, 10.0), (0.5, 2.0))],
+    ) -> Array:
+        return A * params**-alpha + B * tokens**-beta + E + F + 0 * idle
+
+    found = laws.fit(doubled, runs(), bootstrap=50, starts=32).diagnostics
+    assert set(found.flat) == {"E", "F", "idle"}
+    assert set(found.flat) <= set(found.unidentified)
+
+
+def test_standard_deviations_are_those_of_the_inverse():
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((9, 4)) * [1.0, 1e3, 1e-3, 1.0]
+    curvature = root.T @ root
+    expected = np.sqrt(np.diag(np.linalg.inv(curvature)))
+    np.testing.assert_allclose(standard_deviations(curvature), expected, rtol=1e-6)
+    assert np.isinf(standard_deviations(np.diag([1.0, 0.0]))).tolist() == [False, True]
+
+
+def test_a_law_without_a_finite_loss_is_refused():
+    @laws.law("-A")
+    def negative(params: Array, *, A: Annotated[Array, laws.irreducible()]) -> Array:
+        return -A + 0 * params
+
+    with pytest.raises(ValueError, match="law 'negative' gives no finite, positive loss"):
+        laws.fit(negative, runs(), bootstrap=0, starts=8)
+    unknown = runs().assign(weight_bits=np.where(np.arange(ROWS) == 5, 2, 16))
+    with pytest.raises(ValueError, match=r"no finite, positive loss to all rows.*at row 5"):
+        laws.fit("free_w3", unknown, bootstrap=0, starts=8)
+
+
+def test_rows_without_a_run_id_are_runs_of_their_own():
+    frame = runs().assign(run_id=["a", "a", None, "b", np.nan] * (ROWS // 5))
+    run_R = uncertainty.runs_of(laws.as_table(frame))
+    assert run_R.max() + 1 == 2 + 2 * ROWS // 5
+    assert (run_R[:2] == 0).all()
+    assert len(set(run_R[[2, 4, 7, 9]])) == 4
+    found = laws.fit("chinchilla", frame.assign(run_id="a"), bootstrap=20, starts=8).diagnostics
+    assert "only 1 runs for 5 parameters" in found.flags
+
+
+def test_another_table_than_the_fits_is_refused():
+    fit, other = squares(), runs().assign(loss=runs().loss * 1.001)
+    for ask in (
+        lambda: profile(fit, other, "E"),
+        lambda: sensitivity(fit, other),
+        lambda: laws.next_runs(fit, other, other, "E"),
+    ):
+        with pytest.raises(ValueError, match="the table is not the one of the fit"):
+            ask()
+
+
+def test_all_parameters_fixed_is_no_fit():
+    with pytest.raises(ValueError, match="all parameters of 'chinchilla' are fixed"):
+        laws.fit("chinchilla", runs(), fixed=CHINCHILLA)

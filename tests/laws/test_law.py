@@ -1,5 +1,6 @@
 """A law of one function: what the decorator reads, and what it refuses."""
 
+import dataclasses
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ from jax import Array
 
 from qat import laws
 from qat.laws.checklist import checklist
-from qat.laws.law import amplitude, exponent, float64_on_cpu, irreducible, law, signed
+from qat.laws.law import (
+    amplitude,
+    exponent,
+    float64_on_cpu,
+    irreducible,
+    law,
+    positive,
+    signed,
+)
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -102,3 +111,26 @@ def test_the_checklist_says_what_is_known_and_what_is_missing():
     assert "10 resamples" in said["uncertainty"]
     other = checklist(by_width, laws.as_table(frame.assign(loss=frame.loss + 1e-9)), fit.settings)
     assert other["data"] != said["data"]
+
+
+def test_a_law_named_like_another_is_not_taken_for_it(tmp_path):
+    mine = dataclasses.replace(by_width, name="kaplan")
+    laws.fit(mine, runs(), bootstrap=0, starts=8).save(tmp_path / "fit.json")
+    with pytest.raises(ValueError, match="a fit of another law 'kaplan', A N"):
+        laws.load(tmp_path / "fit.json")
+    assert laws.load(tmp_path / "fit.json", law=mine).law is mine
+
+
+def test_impossible_declarations_are_refused():
+    for bounds, starts in (((10.0, 1.0), (2.0, 3.0)), ((-1.0, 1.0), (0.1, 1.0))):
+        with pytest.raises(ValueError, match="expected 0 < bounds"):
+            positive("a width", bounds, starts)
+    with pytest.raises(ValueError, match=r"bounds \(0, 1\) and starts \(0, 2\)"):
+        signed("a width", (0, 1), (0, 2))
+    with pytest.raises(ValueError, match="takes the formula first"):
+        law(lambda params: params)
+    with pytest.raises(ValueError, match="law 'nothing' reads no column"):
+
+        @law("E")
+        def nothing(*, E: Annotated[Array, irreducible()]) -> Array:
+            return E

@@ -9,7 +9,6 @@ The widths are part of a law's name, so that `get_law` makes it again: "free_w3_
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +31,7 @@ def free(levels: Levels) -> Law:
 
     Args:
         levels: bit widths below 16 by column, such as {"weight_bits": (3, 4)}. A row of another
-            width is outside the law's domain.
+            width is outside the law's domain; columns without widths are not read.
     """
     return _law("free", levels, FREE_COLUMNS)
 
@@ -76,26 +75,28 @@ def _law(kind: str, levels: Levels, columns: Mapping[str, str]) -> Law:
         if bits < UNQUANTIZED_BITS
     }
 
+    read = [column for column in columns.values() if column in {c for c, _ in widths.values()}]
+
     def known(p: Values, c: Values) -> Array:
-        valid = []
-        for column in columns.values():
+        valid = jnp.ones_like(c["params"], bool)
+        for column in read:
             own = [bits for each, bits in widths.values() if each == column]
-            valid.append(jnp.isin(c[column], jnp.asarray([*own, UNQUANTIZED_BITS])))
-        return functools.reduce(jnp.logical_and, valid)
+            valid &= jnp.isin(c[column], jnp.asarray([*own, UNQUANTIZED_BITS]))
+        return valid
 
     def loss(p: Values, c: Values) -> Array:
         size = {"params": c["params"], "tokens": c["tokens"]}
         for name, (column, bits) in widths.items():
             reduced = "tokens" if column in _GRADIENTS.values() else "params"
             size[reduced] = size[reduced] * jnp.where(c[column] == bits, p[f"eff_{name}"], 1.0)
-        return chinchilla.loss(p, size)
+        return jnp.where(known(p, c), chinchilla.loss(p, size), jnp.nan)
 
     return Law(
         "_".join((kind, *widths)),
         "A (N prod_x eff_x(P_x))^-alpha + B D^-beta + E, eff_x free at every width",
         loss,
         (*chinchilla.parameters, *(_efficiency(name, *each) for name, each in widths.items())),
-        ("params", "tokens", *columns.values()),
+        ("params", "tokens", *read),
         domain=known,
     )
 

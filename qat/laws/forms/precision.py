@@ -192,19 +192,21 @@ class Precision:
 
     @property
     def _formula(self) -> str:
-        bare = _TAILS[self.shape]
-        curve = {True: "1 - exp(n_x) t_x", False: "1 - t_x"}[self.offset]
-        if self.shape == "logistic":
-            curve = "1/(1 + exp(n_x - P_x/gamma_x))" if self.offset else "1 - t_x"
+        curve = "1 - exp(n_x) t_x" if self.offset else "1 - t_x"
+        if logistic := self.shape == "logistic" and self.offset:
+            curve = "1/(1 + exp(n_x - P_x/gamma_x))"
         parts = [_FORMULAS[self.composition]]
         if self.composition not in _ADDING:
             reduced = dict.fromkeys("".join(_REDUCING[self.composition]))
             parts += [f"{each}_eff = {each} prod_x ({curve})" for each in reduced]
+            if self.composition == "untied":
+                parts[-1] += " with parameters of its own"
         size = "N_eff" if self.unified else "N"
         rounding = f" + C_T D^gamma_D {size}^-gamma_N exp(-P_post/gamma_post)"
         rounding += " prod_x (1 - exp(-C_x (P_x - P_post)))" if self.unified else ""
         parts[0] += rounding
-        return ", ".join([*parts, f"t_x = {bare}", "x = w, a, kv"])
+        tail_parts = [] if logistic else [f"t_x = {_TAILS[self.shape]}"]
+        return ", ".join([*parts, *tail_parts, "x = w, a, kv"])
 
 
 def _shape_of(p: Values, suffix: str) -> dict[str, Array]:

@@ -5,6 +5,7 @@ that share a scale (Chen et al. 2025, quantization-aware training, one fit a pai
 terms grow with the tokens and shrink with the size, and only quantized rows have them.
 """
 
+import dataclasses
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -62,6 +63,9 @@ def chen_term(
     """Chen et al. 2025, arXiv 2505.14302: nats that a pair of formats adds."""
     size = power(tokens, gamma_D) * power(params, -gamma_N)
     return k * size * power(jnp.log2(weight_group), gamma_G)
+
+
+ouyang_term, chen_term = (dataclasses.replace(t, whole=False) for t in (ouyang_term, chen_term))
 
 
 def _added_to_chinchilla(

@@ -6,6 +6,9 @@ covariance C = (JᵀJ/σ² + Λ)⁻¹, a quantity with gradient g the variance g
 row j lowers it by (gᵀCj)² / (σ² + jᵀCj). No loss enters but σ, so what a run is worth is known
 before it is done. Runs are chosen one by one, each given those before it.
 
+Least squares knows nothing of outliers and of runs that share their luck, so the errors are scaled
+until the first is that of the fit's bootstrap, if it has one. The order does not depend on it.
+
 Every row counts the same: that one happens to be an outlier says nothing of where to look next.
 
 Λ is a weak prior, one over the squared width of the bounds the law declares, for each coordinate.
@@ -24,6 +27,7 @@ import pandas as pd
 from jax import Array
 from numpy.typing import NDArray
 
+from qat.laws.checklist import check_same_rows
 from qat.laws.law import Law, Parameter, Values, float64_on_cpu
 from qat.laws.planning.cost import TRAINING_BITS, Cost, bits_of, get_cost
 from qat.laws.planning.draws import Floats, draws_of
@@ -72,6 +76,7 @@ def next_runs(
     candidates = as_table(candidates, required=())
     if not (isinstance(count, Integral) and 1 <= count <= len(candidates)):
         raise ValueError(f"count must be 1 to {len(candidates)}, the candidates, not {count}")
+    check_same_rows(fit, table)
     gradient_P = _gradient(fit, target)
     unknown_R = np.isnan(fit.predict(candidates))
     if unknown_R.any():
@@ -82,11 +87,18 @@ def next_runs(
     offered_RP = _derivatives(fit, candidates) / sigma
     price_R = _prices(candidates, cost)
     order, errors = _choose(known_RP, offered_RP, gradient_P, price_R, count)
+    errors = [error * _bootstrap_over(fit, target, errors[0]) for error in errors]
     chosen = candidates.frame.iloc[order].copy()
     chosen["standard_error_before"], chosen["standard_error"] = errors[:-1], errors[1:]
     if cost is not None:
         chosen["price"] = price_R[order]
     return chosen
+
+
+def _bootstrap_over(fit: Fit, target: Target, error: float) -> float:
+    """What the bootstrap makes of a standard error, as a factor; 1 without draws."""
+    draws_S = fit.draws(target)
+    return 1.0 if draws_S is None else float(np.std(draws_S)) / error
 
 
 def _scatter(fit: Fit, table: Table) -> tuple[NDArray[np.bool_], float]:

@@ -125,7 +125,7 @@ def plan(
             operand that does not share P. Bits that are not given are 16.
 
     Returns:
-        The plan, with 95% intervals of the fit's draws.
+        The plan, with the 95% percentile intervals of the fit's draws.
 
     Raises:
         ValueError: for a value out of range, a column that is missing or unknown, or a budget that
@@ -134,6 +134,8 @@ def plan(
     columns |= {} if ptq_bits is None else {"ptq_bits": ptq_bits}
     _check_numbers(flops, inference_tokens, tolerance, columns)
     draws = draws_of(fit)
+    if not draws.law.whole:
+        raise ValueError(f"law {draws.law.name!r} is what rounding adds, no loss to plan by")
     if "params" not in draws.law.columns:
         raise ValueError(f"law {draws.law.name!r} reads no params, so it cannot plan a size")
     tied = shared_operands(draws, operands, columns)
