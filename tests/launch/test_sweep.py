@@ -119,6 +119,7 @@ def test_what_is_finished_is_not_touched(undisturbed, sweep_file, data_dir):
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
+@pytest.mark.slow
 def test_driver_and_workers_are_killed_and_files_damaged_and_the_table_is_the_same(
     undisturbed, sweep_file, data_dir, tmp_path
 ):

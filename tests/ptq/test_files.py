@@ -49,6 +49,7 @@ def test_of_linen_too(tmp_path, method):
     np.testing.assert_array_equal(loaded.apply(variables, x), expected)
 
 
+@pytest.mark.slow
 def test_a_rotated_residual_and_cache_come_back(tmp_path):
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 16)
     models = [Transformer(CONFIG, qat.Policy.parse("a8kv4"), rngs=nnx.Rngs(i)) for i in range(2)]

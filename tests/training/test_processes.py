@@ -62,12 +62,14 @@ def test_two_processes_lose_what_one_does(programs, together, policy, tolerance)
         np.testing.assert_allclose(found[policy], single, rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_both_processes_see_the_same(together):
     first, second = together
     assert {**first, "failed": None} == {**second, "failed": None}
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_go_on_from_a_checkpoint_of_one(programs, alone, together):
     _, whole = alone
@@ -76,6 +78,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(programs, alone, together)
     np.testing.assert_allclose(together[0]["evaluated"], losses_B, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_process_goes_on_from_a_checkpoint_of_two(programs, alone, together):
     folder, whole = alone
@@ -87,12 +90,14 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(programs, alone, together)
         np.testing.assert_allclose(np.asarray(theirs), np.asarray(mine), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_first_process_decides_and_its_failure_ends_all(together):
     assert [found["agreed"] for found in together] == [7, 7]
     assert [found["failed"] for found in together] == ["not this one", "elsewhere"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_when_one_process_is_preempted_all_stop_at_the_same_step(together):
     first, second = (found["preempted"] for found in together)
