@@ -25,7 +25,7 @@ from qat.laws.fit import fit
 from qat.laws.forms import get_law
 from qat.laws.holdout import ORDERED, predicted_apart
 from qat.laws.law import Law
-from qat.laws.likelihood import log_likelihood
+from qat.laws.likelihood import log_likelihood, overdispersion
 from qat.laws.record import Fit
 from qat.laws.table import Table, as_table
 from qat.laws.uncertainty import runs_of
@@ -134,9 +134,7 @@ def compare(
         return found
 
     fits = {name: fitted(law, table, bootstrap) for name, law in known.items()}
-    rows = pd.DataFrame([_criteria(each, table) for each in fits.values()])
-    for kind in ("aicc", "bic"):
-        rows[kind] -= rows[kind].min() if np.isfinite(rows[kind].min()) else 0.0
+    rows = _criteria(list(fits.values()), table)
     admitted = {kind: tuple(rows.law[rows[kind] <= _ADMITTED]) for kind in ("aicc", "bic")}
     again = [functools.partial(fitted, law, resamples=0) for law in known.values()]
     held, impossible = predicted_apart(holdout, table, again)
@@ -149,22 +147,34 @@ def compare(
     return Comparison(fits, rows, admitted, impossible)
 
 
-def _criteria(fitted: Fit, table: Table) -> dict[str, float | str]:
-    """AICc and BIC of a fit, whose scale is one parameter more; infinite if a row is outside it."""
-    residual_R = np.log(fitted.predict(table)) - np.log(table.columns(["loss"])["loss"])
-    count, parameters = len(table), fitted.diagnostics.parameters + 1
-    best = -np.inf
-    if np.isfinite(residual_R).all():
-        best = log_likelihood(residual_R, np.ones(count), fitted.settings.threshold)
-    spare = count - parameters - 1
-    small = 2 * parameters * (parameters + 1) / spare if spare > 0 else np.inf
-    return {
-        "law": fitted.law.name,
-        "parameters": fitted.diagnostics.parameters,
-        "aicc": 2 * parameters - 2 * best + small,
-        "bic": parameters * np.log(count) - 2 * best,
-        "r2": fitted.diagnostics.r2,
-    }
+def _criteria(fits: Sequence[Fit], table: Table) -> pd.DataFrame:
+    """A row for each fit with AICc and BIC above the best; infinite if a row is outside the law.
+
+    The scale of residuals is a parameter more; twice the log likelihood is divided by the
+    overdispersion that the likeliest law has.
+    """
+    delta, count = fits[0].settings.threshold, len(table)
+    log_loss_R, ones_R = np.log(table.columns(["loss"])["loss"]), np.ones(count)
+    residuals = [np.log(each.predict(table)) - log_loss_R for each in fits]
+    best_L = np.full(len(fits), -np.inf)
+    for law, residual_R in enumerate(residuals):
+        if np.isfinite(residual_R).all():
+            best_L[law], _ = log_likelihood(residual_R, ones_R, delta)
+    twice_L = -2 * best_L
+    if np.isfinite(best_L).any():
+        twice_L /= overdispersion(residuals[int(best_L.argmax())], ones_R, delta)
+    rows = []
+    for fitted, twice in zip(fits, twice_L, strict=True):
+        parameters = fitted.diagnostics.parameters + 1
+        spare = count - parameters - 1
+        small = 2 * parameters * (parameters + 1) / spare if spare > 0 else np.inf
+        row = {"law": fitted.law.name, "parameters": fitted.diagnostics.parameters}
+        row |= {"aicc": twice + 2 * parameters + small, "bic": twice + parameters * np.log(count)}
+        rows.append(row | {"r2": fitted.diagnostics.r2})
+    frame = pd.DataFrame(rows)
+    for kind in ("aicc", "bic"):
+        frame[kind] -= frame[kind].min() if np.isfinite(frame[kind].min()) else 0.0
+    return frame
 
 
 def _not_worse(error_LR: Floats, run_R: NDArray[np.intp]) -> Bools:

@@ -3,7 +3,9 @@
 A fit that minimises ``Σ ρ(r)`` maximises the likelihood of residuals with density
 ``exp(-ρ(r)/τ) / Z(τ)`` at any τ, normal where ρ is a square and exponential in the tails. With τ at
 its own maximum that is a likelihood for AICc and BIC which needs no other assumption than the
-objective: Gauss at δ = inf, Laplace as δ goes to zero.
+objective: Gauss at δ = inf, Laplace as δ goes to zero. Residuals need not have that density, and
+then twice a difference of log likelihoods is no chi-squared variable but a multiple of one, which
+`overdispersion` tells: the ĉ of quasi-likelihood criteria (Burnham & Anderson 2002).
 
 A profile asks less: how far a parameter may go before the objective rises by more than chance
 allows. The rise times ``2 E[ρ''] / E[ρ'²]`` is a chi-squared variable of one degree of freedom
@@ -28,8 +30,8 @@ def huber(residual_R: Floats, delta: float) -> Floats:
     return np.where(size_R <= delta, size_R**2 / 2, delta * (size_R - delta / 2))
 
 
-def log_likelihood(residual_R: Floats, weight_R: Floats, delta: float) -> float:
-    """Highest log likelihood of residuals over the scale τ, as the module says.
+def log_likelihood(residual_R: Floats, weight_R: Floats, delta: float) -> tuple[float, float]:
+    """Highest log likelihood of residuals over the scale τ, as the module says, and that scale.
 
     A row of weight w has the density of scale τ/w.
 
@@ -46,7 +48,20 @@ def log_likelihood(residual_R: Floats, weight_R: Floats, delta: float) -> float:
         return float((_log_normaliser(scale_R, delta) + rho_R / scale_R).sum())
 
     span = (np.log(middle) - 5, np.log(middle) + 5)
-    return -float(optimize.minimize_scalar(negative, span, bounds=span, method="bounded").fun)
+    found = optimize.minimize_scalar(negative, span, bounds=span, method="bounded")
+    return -float(found.fun), float(np.exp(found.x))
+
+
+def overdispersion(residual_R: Floats, weight_R: Floats, delta: float) -> float:
+    """How many times a chi-squared variable twice a difference of log likelihoods is.
+
+    Args:
+        residual_R: of the best law there is.
+        weight_R: of the objective, positive.
+        delta: of Huber's function; for least squares the answer is 1.
+    """
+    _, scale = log_likelihood(residual_R, weight_R, delta)
+    return 2 / scale / deviance_unit(residual_R, weight_R, delta, parameters=0)
 
 
 def _log_normaliser(scale_R: Floats, delta: float) -> Floats:

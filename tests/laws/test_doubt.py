@@ -13,7 +13,13 @@ from scipy.optimize import least_squares
 from qat import laws
 from qat.laws import uncertainty
 from qat.laws.diagnostics import standard_deviations
-from qat.laws.likelihood import _log_normaliser, deviance_unit, huber, log_likelihood
+from qat.laws.likelihood import (
+    _log_normaliser,
+    deviance_unit,
+    huber,
+    log_likelihood,
+    overdispersion,
+)
 from qat.laws.profile import profile
 from qat.laws.sensitivity import sensitivity
 from qat.laws.solver import Rows
@@ -156,14 +162,30 @@ def test_log_likelihood_is_that_of_gauss_and_laplace_at_the_ends():
     values, ones = rng.standard_normal(300) * 0.02, np.ones(300)
     gauss = stats.norm.logpdf(values, scale=np.sqrt(np.mean(values**2))).sum()
     laplace = stats.laplace.logpdf(values, scale=np.mean(np.abs(values))).sum()
-    assert log_likelihood(values, ones, np.inf) == pytest.approx(gauss, abs=1e-6)
-    assert log_likelihood(values, ones, 1e-9) == pytest.approx(laplace, abs=1e-3)
+    assert log_likelihood(values, ones, np.inf)[0] == pytest.approx(gauss, abs=1e-6)
+    assert log_likelihood(values, ones, 1e-9)[0] == pytest.approx(laplace, abs=1e-3)
     weighted = np.where(values > 0, 4.0, 1.0)
     expected = max(
         stats.norm.logpdf(values, scale=scale / np.sqrt(weighted)).sum()
         for scale in np.geomspace(0.01, 0.1, 2000)
     )
-    assert log_likelihood(values, weighted, np.inf) == pytest.approx(expected, abs=1e-3)
+    assert log_likelihood(values, weighted, np.inf)[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_differences_of_likelihoods_are_chi_squared_once_divided_by_the_overdispersion():
+    """Of normal noise taken for Laplace's, at the mean and at the truth."""
+    rng, delta = np.random.default_rng(0), 0.05
+    found = []
+    for _ in range(300):
+        values = rng.standard_normal(200)
+        grid = np.linspace(-0.5, 0.5, 401)
+        best = values - grid[huber(values[None] - grid[:, None], delta).sum(axis=1).argmin()]
+        rise = log_likelihood(best, np.ones(200), delta)[0]
+        rise -= log_likelihood(values, np.ones(200), delta)[0]
+        found.append(2 * rise / overdispersion(best, np.ones(200), delta))
+    assert np.mean(np.array(found) < stats.chi2.ppf(0.9, 1)) == pytest.approx(0.9, abs=0.04)
+    assert overdispersion(values, np.ones(200), np.inf) == pytest.approx(1.0, abs=1e-3)
+    assert overdispersion(values, np.ones(200), delta) == pytest.approx(np.pi / 2, rel=0.15)
 
 
 def test_the_density_of_hubers_function_integrates_to_one():
