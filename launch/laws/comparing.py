@@ -56,14 +56,22 @@ def run(table: Table, options: Options) -> None:
     with Meter("Comparing", len(known) * (1 + _folds(options.holdout, table)), "fits") as meter:
         done = functools.partial(meter.advance, 1)
         comparison = compare(table=table, on_fit=done, **options.arguments)
-    tested = None
-    if is_testable(table):
-        print("Testing whether weights, activations and cache are independent …", flush=True)
-        tested = independence(table, seed=options.seed)
+    tested, why_not = _test(table, options.seed)
     with workdir.writing(options.workdir, identity):
         _write(options.workdir, comparison, tested, table)
-    print("\n".join(_lines(comparison, tested)))
+    print("\n".join([*_lines(comparison), *(_lines_of(tested) if tested else [why_not])]))
     print(f"report: {options.workdir / 'report.html'}")
+
+
+def _test(table: Table, seed: int) -> tuple[Independence | None, str]:
+    """The test of independence, or why there is none."""
+    if not is_testable(table):
+        return None, "no run is quantized in several operands: independence was not tested"
+    print("Testing whether weights, activations and cache are independent …", flush=True)
+    try:
+        return independence(table, seed=seed), ""
+    except ValueError as error:
+        return None, f"independence was not tested: {error}"
 
 
 def _folds(holdout: tuple[str, ...], table: Table) -> int:
@@ -84,7 +92,7 @@ def _write(folder: Path, comparison: Comparison, tested: Independence | None, ta
     law_pages.write_comparison(folder / "report.html", comparison, table, tested)
 
 
-def _lines(comparison: Comparison, tested: Independence | None) -> list[str]:
+def _lines(comparison: Comparison) -> list[str]:
     """A comparison for people."""
     found = [comparison.table.to_string(index=False, float_format="{:.5g}".format)]
     found += comparison.not_held_out.values()
@@ -92,12 +100,13 @@ def _lines(comparison: Comparison, tested: Independence | None) -> list[str]:
         found += [f"warning: {name}: {flag}" for flag in fitted.diagnostics.flags]
     if len(comparison.remaining) != 1:
         found.append(comparison.intervals().to_string(index=False, float_format="{:.5g}".format))
-    found.append(f"verdict: {comparison.verdict}")
-    if tested is None:
-        return [*found, "no run is quantized in several operands: independence was not tested"]
-    found.append(tested.settings.to_string(index=False, float_format="{:.4g}".format))
+    return [*found, f"verdict: {comparison.verdict}"]
+
+
+def _lines_of(tested: Independence) -> list[str]:
+    """A test of independence for people."""
     return [
-        *found,
+        tested.settings.to_string(index=False, float_format="{:.4g}".format),
         f"independence of weights, activations and cache: {independence_verdict(tested)}",
         *(f"left out, as no run has one of its widths alone: {x}" for x in tested.without_marginal),
     ]

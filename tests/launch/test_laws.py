@@ -149,6 +149,17 @@ def test_a_comparison_tests_independence_where_it_can(tmp_path, capsys):
     assert (tmp_path / "all" / "report.html").read_text().count("<svg") == 3
 
 
+def test_a_comparison_outlives_a_test_that_cannot_be(tmp_path, capsys):
+    """Nine rows with a joint one are too few for an efficiency of every width."""
+    frame = chinchilla_runs(noise=1e-3, rows=9)
+    frame["weight_bits"] = [16, 16, 16, 16, 16, 2, 3, 4, 2]
+    frame["activation_bits"] = [16, 16, 16, 16, 4, 16, 16, 16, 4]
+    asked = comparing.Options(tmp_path / "few", ("chinchilla", "kaplan"), (), "l2", 1e-3, 0, 8, 0)
+    comparing.run(laws.as_table(frame), asked)
+    assert "independence was not tested: 9 rows cannot fit 10 parameters" in capsys.readouterr().out
+    assert (tmp_path / "few" / "comparison.csv").exists()
+
+
 def test_numbers_of_flags():
     assert numbers.listed("flops", ["1e18", "2"]) == (1e18, 2.0)
     assert numbers.named("fixed", ["E=1.69", "alpha = 0.3"]) == {"E": 1.69, "alpha": 0.3}
