@@ -87,7 +87,7 @@ def next_runs(
     offered_RP = _derivatives(fit, candidates) / sigma
     price_R = _prices(candidates, cost)
     order, errors = _choose(known_RP, offered_RP, gradient_P, price_R, count)
-    errors = [error * _bootstrap_over(fit, target, errors[0]) for error in errors]
+    errors = [*(np.array(errors) * _bootstrap_over(fit, target, errors[0]))]
     chosen = candidates.frame.iloc[order].copy()
     chosen["standard_error_before"], chosen["standard_error"] = errors[:-1], errors[1:]
     if cost is not None:
