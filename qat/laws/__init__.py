@@ -12,7 +12,7 @@ from qat.laws.diagnostics import Diagnostics
 from qat.laws.equal_bits import equal_bits
 from qat.laws.fit import fit
 from qat.laws.forms import LAWS, get_law
-from qat.laws.forms.free import free, free_of, quartet
+from qat.laws.forms.free import free, free_of, offset, quartet
 from qat.laws.law import (
     Group,
     Law,
@@ -68,6 +68,7 @@ __all__ = [
     "law",
     "load",
     "next_runs",
+    "offset",
     "plan",
     "positive",
     "power",

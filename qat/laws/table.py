@@ -74,7 +74,7 @@ def read_table(path: str | pathlib.Path) -> Table:
 
     Args:
         path: a ``.csv``, ``.parquet`` (needs pyarrow) or ``.jsonl`` (one object a line) file with
-            the columns of `as_table`.
+            the columns of `as_table`; ``.gz`` after one of these is a compressed file.
 
     Returns:
         The checked table.
@@ -93,14 +93,15 @@ def read_frame(path: str | pathlib.Path) -> pd.DataFrame:
         OSError: if it cannot be opened.
     """
     path = pathlib.Path(path)
-    reader = _READERS.get(path.suffix.lower())
+    kind = pathlib.Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
+    reader = _READERS.get(kind)
     if reader is None:
         expected = ", ".join(_READERS)
         raise ValueError(f"cannot read {path.name!r}: expected a file ending in {expected}")
     try:
         return reader(path)
     except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"cannot read {path} as {path.suffix}: {error}") from None
+        raise ValueError(f"cannot read {path} as {kind}: {error}") from None
 
 
 def as_table(

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from qat.laws import as_table, get_law
-from qat.laws.forms.free import free, free_of, quartet
+from qat.laws.forms.free import free, free_of, offset, quartet
 
 SIZE = {"A": 480.0, "B": 2100.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 N, D = np.array([1e7, 3e8, 7e9, 7e9]), np.array([2e9, 1e10, 1.4e12, 1e11])
@@ -153,6 +153,16 @@ def test_an_efficiency_for_every_width():
     product = np.array([0.1 * 0.4, 0.2 * 0.7, 0.3 * 0.5 * 0.8, 0.6 * 0.9])
     np.testing.assert_allclose(predict(law, factors), size(N * product, D), rtol=1e-12)
     assert np.isnan(predict(law, factors, FRAME.assign(weight_bits=7.0))).all()
+
+
+def test_nats_added_for_every_width():
+    law = offset({"weight_bits": FRAME.weight_bits, "kv_bits": (3, 4, 8)})
+    assert law.name == "offset_w2_w3_w5_kv3_kv4_kv8"
+    assert get_law(law.name).names == law.names
+    added = {f"add_{x}": 0.1 * (i + 1) for i, x in enumerate(law.name.split("_")[1:])}
+    nats = np.array([0.1, 0.2 + 0.4, 0.3 + 0.5, 0.6])
+    np.testing.assert_allclose(predict(law, added), size(N, D) + nats, rtol=1e-12)
+    assert np.isnan(predict(law, added, FRAME.assign(weight_bits=7.0))).all()
 
 
 def test_quartet_has_an_exponent_around_and_reduces_data_by_gradients():

@@ -49,13 +49,13 @@ def test_a_table_passes_through():
     assert as_table(table) is table
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet"])
 def test_files_hold_the_same_table(tmp_path, suffix):
     runs = frame(ptq_bits=[np.nan, 4, 3], group=["a", "b", "c"])
     path = tmp_path / f"runs{suffix}"
-    if suffix == ".csv":
+    if suffix.startswith(".csv"):
         runs.to_csv(path, index=False)
-    elif suffix == ".jsonl":
+    elif suffix.startswith(".jsonl"):
         runs.to_json(path, orient="records", lines=True)
     else:
         pytest.importorskip("pyarrow")

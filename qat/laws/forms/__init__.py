@@ -1,8 +1,8 @@
 """The laws that are known by name.
 
 A file for each kind: `size` (Kaplan, Chinchilla), `precision` (how bit widths enter, after Kumar),
-`rounding` (what few bits add, after Ouyang and Chen), `formats` (Sun, Panferov), `free` (an
-efficiency for every width, and Quartet).
+`rounding` (what few bits add, after Ouyang and Chen), `formats` (Sun, Panferov), `free` (a number
+for every width, Quartet).
 """
 
 from qat.laws.forms.formats import capacity, sun
