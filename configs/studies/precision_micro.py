@@ -23,18 +23,19 @@ from collections.abc import Iterable
 
 from configs.studies import precision_micro_rates as tuning
 from qat.policy import Policy
-from qat.sweep import Grid, Sweep, axis, chain, product, where, zipped
+from qat.sweep import Grid, Sweep, axis, chain, product, zipped
 
 WIDTHS = tuning.WIDTHS  # 92,960 51,280 23,440 12,968 6,352 3,316 parameters
 RATES = dict.fromkeys(WIDTHS, 1.2e-2)
 MILLION = 1_000_000
-PTQ_BITS = (2, 3, 4, 5, 6, 7, 8)
+PTQ_BITS = tuning.PTQ_BITS
 
 LOW = ("w1", "w2", "w3", "w4", "a2", "a3", "a4", "kv1", "kv2", "kv3")
-HIGH = tuple(
-    operand.format(bits)
-    for operand, bits in itertools.product(("w{}", "a{}", "kv{}"), (5, 6, 7, 8, 12))
-) + ("a1", "kv4")
+HIGH = (
+    "a1",
+    "kv4",
+    *(f"{operand}{bits}" for operand in ("w", "a", "kv") for bits in (5, 6, 7, 8, 12)),
+)
 FORMATS = (
     *("e2m0", "e3m0", "e4m1", "e3m2", "e4m2", "e5m2", "e5m6"),  # the paper's, 3 to 8 and 12 bits
     *("e2m1", "e1m2", "e2m3", "e1m4", "e4m3", "e3m4", "e2m5"),  # others of 4, 6 and 8 bits
