@@ -36,7 +36,9 @@ _WORKERS = flags.DEFINE_integer(
     "workers", 0, "Processes or jobs at once; 0 is one a core, or one for accelerators.", 0
 )
 _HAVE = flags.DEFINE_multi_string(
-    "have", [], "Table (csv, parquet, jsonl) whose finished runs need not run again; repeatable."
+    "have",
+    [],
+    "Table (csv, csv.gz, parquet, jsonl) whose finished runs need not run again; repeatable.",
 )
 _RETRY = flags.DEFINE_multi_enum(
     "retry",

@@ -14,8 +14,7 @@ and tensor and once for every block of eight, formats of equal bits, ternary wei
 of experts. Runs of a size and seed share initialisation and data order, so precisions are compared
 in pairs.
 
-The parts come in the order of what they tell per second, so that a sweep which is stopped has told
-most. Every run is rounded at its end, to the nearest and by GPTQ, to fewer bits than it had.
+Every run is rounded at its end, to the nearest and by GPTQ, to fewer bits than it had.
 """
 
 import itertools
@@ -26,8 +25,8 @@ from qat.policy import Policy
 from qat.sweep import Grid, Sweep, axis, chain, product, zipped
 
 WIDTHS = tuning.WIDTHS  # 92,960 51,280 23,440 12,968 6,352 3,316 parameters
-# 8e-3 · sqrt(92,960 / N): by a parabola through the tuned runs, within 0.004 nats of the best rate of
-# every size at 2 million tokens but the smallest, 0.023 there, and 0.022 at 0.5 and 8 million.
+# 8e-3 · sqrt(92,960 / N): by parabolas through the tuned runs, within 0.004 nats of the best rate
+# of every size at 2 million tokens but the smallest, 0.023 there, and 0.022 at 0.5 and 8 million.
 RATES = {64: 8e-3, 48: 1.1e-2, 32: 1.6e-2, 24: 2.1e-2, 16: 3e-2, 12: 4.2e-2}
 MILLION = 1_000_000
 PTQ_BITS = tuning.PTQ_BITS
@@ -47,7 +46,7 @@ OPERAND_BITS = ((16, 4, 3, 2), (16, 4, 3, 2), (16, 3, 2))  # weights, activation
 
 
 def get_sweep() -> Sweep:
-    """The sweep; what tells most per second first."""
+    """The sweep, part after part."""
     return Sweep(
         config=tuning.get_config().to_dict(),
         grid=chain(*parts().values()),

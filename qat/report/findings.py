@@ -13,6 +13,7 @@ import re
 import numpy as np
 import pandas as pd
 
+from qat.analysis.replicates import scatter
 from qat.laws import Fit
 
 _CELL = ["params", "tokens", "seed"]
@@ -75,7 +76,9 @@ def summarise(rows: pd.DataFrame, fit: Fit) -> Summary:
     """Draws the findings from result rows and the precision law fitted to them."""
     ok = rows[rows.status == "ok"]
     training = _training(ok[ok.ptq_method == "none"])
-    noise = _pooled_deviation(training[training.policy != "none"], ["policy"], "delta")
+    noise = scatter(
+        training[training.policy != "none"], ["params", "tokens", "policy"], "delta"
+    ).deviation
     training["within_noise"] = training.delta.abs() < _NOISE_FACTOR * noise
     rounding = ok[ok.ptq_method != "none"].rename(columns={"ptq_bits": "bits"})
     rounding = rounding[[*_CELL, "bits", "ptq_delta", "ptq_delta_se"]]
@@ -130,16 +133,6 @@ def _training(rows: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values([*_CELL, "order"], ignore_index=True).drop(columns="order")
 
 
-def _pooled_deviation(table: pd.DataFrame, by: list[str], column: str) -> float:
-    """Root mean square, over replicated cells, of the standard deviation over seeds."""
-    groups = table.groupby(["params", "tokens", *by])[column]
-    cells = [cell.to_numpy() for _, cell in groups if len(cell) > 1]
-    if not cells:
-        return math.nan
-    squares = sum(float(np.sum((cell - cell.mean()) ** 2)) for cell in cells)
-    return math.sqrt(squares / sum(len(cell) - 1 for cell in cells))
-
-
 def _growths(rounding: pd.DataFrame) -> tuple[Growth, ...]:
     """Fewest against most tokens, for every size and width."""
     # An addition that is not positive has no logarithm, and makes the spread of its cell unknown.
@@ -150,7 +143,7 @@ def _growths(rounding: pd.DataFrame) -> tuple[Growth, ...]:
         means = group.groupby("tokens").delta.mean()
         if len(means) < 2:
             continue
-        noise = _pooled_deviation(logs[logs.bits == bits], ["bits"], "log_delta")
+        noise = scatter(logs[logs.bits == bits], ["params", "tokens"], "log_delta").deviation
         few, many = means.index.min(), means.index.max()
         deltas = (float(means[few]), float(means[many]))
         growths.append(Growth(params, bits, (int(few), int(many)), deltas, noise))

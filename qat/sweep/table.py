@@ -25,9 +25,11 @@ text and the format "none" a word; floats have the digits that give the same flo
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -79,8 +81,8 @@ def collect(paths: Iterable[Path]) -> Collected:
     """Merges files of result rows; see above.
 
     Args:
-        paths: ``.jsonl``, ``.csv`` and ``.parquet`` files, in any order. One that cannot be read is
-            left out like one that holds something else.
+        paths: ``.jsonl``, ``.csv`` and ``.parquet`` files, or compressed with ``.gz`` after that,
+            in any order. One that cannot be read is left out like one that holds something else.
     """
     found: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
     left_out, unreadable, ignored = list[str](), list[str](), list[str]()
@@ -128,11 +130,16 @@ def write(table: pd.DataFrame, workdir: Path) -> None:
     Raises:
         OSError: a file cannot be written; the one before is untouched.
     """
-    text = table.to_csv(
+    write_whole(workdir / "rows.csv", as_csv(table))
+    write_whole(workdir / "rows.parquet", table.to_parquet(index=False))
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    """The table as text that `collect` reads back bit for bit."""
+    text: str = table.to_csv(
         index=False, na_rep="NaN", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"
     )
-    write_whole(workdir / "rows.csv", text)
-    write_whole(workdir / "rows.parquet", table.to_parquet(index=False))
+    return text
 
 
 def measured(table: pd.DataFrame) -> dict[str, dict[tuple[int, str, str], str]]:
@@ -166,12 +173,20 @@ def _read(path: Path) -> _File:
         OSError: it cannot be read.
         ValueError: it is no table of result rows.
     """
-    if path.suffix not in _READERS:
+    compressed = path.suffix == ".gz"
+    kind = Path(path.stem).suffix if compressed else path.suffix
+    if kind not in _READERS:
         *most, last = _READERS
-        raise ValueError(
-            f"unknown kind of file {path.suffix!r}: expected {', '.join(most)} or {last}"
-        )
-    return _READERS[path.suffix](path.read_bytes())
+        raise ValueError(f"unknown kind of file {kind!r}: expected {', '.join(most)} or {last}")
+    content = path.read_bytes()
+    return _READERS[kind](_decompressed(content) if compressed else content)
+
+
+def _decompressed(content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"damaged, or not compressed by gzip: {error}") from None
 
 
 def _read_json_lines(content: bytes) -> _File:

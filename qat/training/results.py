@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         run_id: hash of the resolved config and the data; rows of one run share it.
-        params: N, non-embedding parameters.
+        params: N, non-embedding parameters, those of all experts.
         tokens: D, training tokens.
         weight_bits: while training.
         activation_bits: while training.
@@ -38,6 +38,8 @@ class Row:
         weight_format: name.
         activation_format: name.
         kv_format: name.
+        experts: of a mixture in place of each gated layer; 0 is none.
+        experts_per_token: of these, how many a token passes through; 0 without a mixture.
         policy: of training, as `qat.Policy.parse` reads it.
         init: checkpoint that training began with, "folder@fingerprint", or "none"; `tokens` and
             `flops` do not count what it took.
@@ -82,6 +84,8 @@ class Row:
     weight_format: str
     activation_format: str
     kv_format: str
+    experts: int = 0
+    experts_per_token: int = 0
     policy: str
     init: str = "none"
     teacher: str = "none"

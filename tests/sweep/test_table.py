@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -75,6 +76,24 @@ def test_a_table_comes_back_bit_for_bit(name, tmp_path, rows):
     assert not again.left_out
     assert repr(again.table.to_dict("records")) == repr(collected.table.to_dict("records"))
     pd.testing.assert_frame_equal(again.table, collected.table, check_exact=True)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "a.jsonl"])
+def test_a_compressed_file_is_read_as_it_was(tmp_path, name):
+    saved(tmp_path, a=[ROW, row(run_id="b")])
+    plain = collect([tmp_path / "a.jsonl"]).table
+    write(plain, tmp_path)
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    pd.testing.assert_frame_equal(collect([path]).table, plain, check_exact=True)
+
+
+@pytest.mark.parametrize("content", [b"run_id", gzip.compress(b"run_id" * 99)[:-9]])
+def test_a_damaged_compressed_file_is_named(tmp_path, content):
+    (tmp_path / "rows.csv.gz").write_bytes(content)
+    count, (line,) = left_out(tmp_path / "rows.csv.gz")
+    assert count == 0
+    assert "damaged, or not compressed by gzip" in line
 
 
 def test_other_readers_see_the_same_numbers_and_words(tmp_path):
