@@ -49,12 +49,15 @@ class Comparison:
             for each hold-out the root mean square of the log residual of held-out rows.
         admitted: by criterion, the laws it cannot tell from its best.
         not_held_out: by hold-out that could not be made, why.
+        held_out: by hold-out, log residuals of the laws, in the table's order, shape (L, R): NaN
+            for rows that were fitted, infinite for those a law cannot predict.
     """
 
     fits: dict[str, Fit]
     table: pd.DataFrame
     admitted: dict[str, tuple[str, ...]]
     not_held_out: dict[str, str]
+    held_out: dict[str, Floats]
 
     @property
     def remaining(self) -> tuple[str, ...]:
@@ -144,7 +147,7 @@ def compare(
             continue
         rows[kind] = np.sqrt(np.nanmean(error_LR**2, axis=1))
         admitted[kind] = tuple(rows.law[_not_worse(error_LR, runs_of(table))])
-    return Comparison(fits, rows, admitted, impossible)
+    return Comparison(fits, rows, admitted, impossible, held)
 
 
 def _criteria(fits: Sequence[Fit], table: Table) -> pd.DataFrame:

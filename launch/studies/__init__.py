@@ -1,0 +1,33 @@
+"""What `launch.study` asks of the rows of a study, one question a file."""
+
+from collections.abc import Callable, Mapping
+
+from launch.studies import (
+    decay,
+    experts,
+    formats,
+    noise,
+    operands,
+    optimum,
+    rates,
+    reproduction,
+    rounding,
+    shapes,
+    ternary,
+)
+from launch.studies.answer import Answer
+from launch.studies.rows import Study
+
+QUESTIONS: Mapping[str, Callable[[Study], Answer]] = {
+    "rates": rates.answer,
+    "noise": noise.answer,
+    "shapes": shapes.answer,
+    "optimum": optimum.answer,
+    "rounding": rounding.answer,
+    "decay": decay.answer,
+    "operands": operands.answer,
+    "formats": formats.answer,
+    "ternary": ternary.answer,
+    "experts": experts.answer,
+    "reproduction": reproduction.answer,
+}
