@@ -4,13 +4,12 @@ import numpy as np
 import pandas as pd
 
 from launch.studies.answer import Answer
-from launch.studies.rows import AGAIN, Study
-from qat.sweep.table import collect
+from launch.studies.rows import Study
 
 
 def answer(study: Study) -> Answer:
     """Losses of both times, as trained and rounded, in standard errors of a loss."""
-    again = collect([study.folder / AGAIN]).table
+    again = study.table("again")
     key = ["run_id", "tokens", "ptq_method", "ptq_quantizer"]
     both = again.merge(study.rows, on=key, suffixes=("_again", ""))
     apart = (both.loss_again - both.loss).abs()

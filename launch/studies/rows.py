@@ -8,7 +8,7 @@ is told by its policy.
 import dataclasses
 import functools
 import gzip
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from qat.policy import Policy
 from qat.sweep.table import as_csv, collect
 from qat.training.files import write_whole
 
-ROWS, AGAIN = "runs.csv.gz", "again.csv.gz"
+TABLES = {
+    "runs": "all runs, and what they are when rounded",
+    "again": "some of them, trained a second time",
+    "rotated": "some of them, rounded with rotation and without",
+    "positions": "some of them with a rounded cache, by position in the context",
+}
 _BYTES = 256
 _PLAIN = Policy.parse("none").structure  # a scale for every channel, tensor and token
 FORMATS = ("weight_format", "activation_format", "kv_format")
@@ -34,23 +39,23 @@ class Study:
 
     @functools.cached_property
     def rows(self) -> pd.DataFrame:
-        """All rows, those of diverged and failed runs too.
+        """All rows of the sweeps, those of diverged and failed runs too."""
+        return self.table("runs")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """All rows of one of `TABLES`.
 
         Raises:
             ValueError: the file cannot be read, or a line of it is no row.
         """
-        found = collect([self.folder / ROWS])
+        found = collect([self.path(name)])
         if found.left_out:
             raise ValueError(found.left_out[0])
         return found.table
 
-    def table(self, name: str) -> pd.DataFrame:
-        """Another table of the folder, such as "curvature".
-
-        Raises:
-            OSError: it is not there.
-        """
-        return pd.read_csv(self.folder / f"{name}.csv")
+    def path(self, name: str) -> Path:
+        """Where a table is."""
+        return self.folder / f"{name}.csv.gz"
 
     @functools.cached_property
     def trained(self) -> pd.DataFrame:
@@ -78,20 +83,20 @@ class Study:
         return rows[own]
 
 
-def gather(path: Path, tables: Sequence[Path]) -> int:
-    """Adds the rows of other tables to one, which is made if it is missing; returns how many.
+def gather(path: Path, table: Path) -> int:
+    """Adds rows to a table, which is made if it is missing; returns how many it then has.
 
     Raises:
         ValueError: a table cannot be read, or a line of it is no row.
         OSError: the table cannot be written.
     """
-    found = collect([*([path] if path.exists() else []), *tables])
+    found = collect([*([path] if path.exists() else []), table])
     if found.left_out:
         raise ValueError(found.left_out[0])
     order = ["params", "tokens", "policy", "seed", "run_id", "ptq_method", "ptq_bits"]
-    table = found.table.sort_values(order, kind="stable", ignore_index=True)
-    write_whole(path, gzip.compress(as_csv(table).encode(), mtime=0))  # equal rows, equal bytes
-    return len(table)
+    rows = found.table.sort_values(order, kind="stable", ignore_index=True)
+    write_whole(path, gzip.compress(as_csv(rows).encode(), mtime=0))  # equal rows, equal bytes
+    return len(rows)
 
 
 def integers(rows: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from configs.studies import precision_micro_rates as tuning
 from launch.studies import QUESTIONS, decay, experts, shapes, ternary
 from launch.studies import rounding as costs
 from launch.studies.answer import Answer, markdown_of, placed
-from launch.studies.rows import AGAIN, ROWS, Study, gather
+from launch.studies.rows import Study, gather
 from qat.laws import get_law
 from qat.policy import Policy
 from qat.sweep import apply
@@ -151,15 +151,16 @@ def all_rows():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
+    found = Study(folder)
     write_rows(folder / "all.jsonl", all_rows())
-    count = gather(folder / ROWS, [folder / "all.jsonl"])
+    count = gather(found.path("runs"), folder / "all.jsonl")
     assert count == len(all_rows())
-    first = (folder / ROWS).read_bytes()
-    gather(folder / ROWS, [folder / "all.jsonl"])  # the same rows again
-    assert (folder / ROWS).read_bytes() == first
+    first = found.path("runs").read_bytes()
+    gather(found.path("runs"), folder / "all.jsonl")  # the same rows again
+    assert found.path("runs").read_bytes() == first
     places = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in QUESTIONS)
     (folder / "README.md").write_text(f"# A study\n\n{places}\n")
-    return Study(folder)
+    return found
 
 
 def numbers(text):
@@ -242,7 +243,7 @@ def test_runs_that_were_trained_again_are_compared(study):
     again = [row for row in all_rows() if row.run_id in set(chosen.run_id)]
     again = [dataclasses.replace(row, loss=row.loss + 0.02) for row in again]
     write_rows(study.folder / "again.jsonl", again)
-    gather(study.folder / AGAIN, [study.folder / "again.jsonl"])
+    gather(study.path("again"), study.folder / "again.jsonl")
     found = only(QUESTIONS["reproduction"](study))
     assert len(found) == 2
     np.testing.assert_allclose(found["standard errors apart"], 0.02 / np.hypot(0.01, 0.01))
@@ -263,6 +264,6 @@ def test_an_answer_is_written_where_it_belongs(study):
 
 
 def test_a_damaged_table_is_named(tmp_path):
-    (tmp_path / ROWS).write_bytes(b"no rows")
+    (tmp_path / "runs.csv.gz").write_bytes(b"no rows")
     with pytest.raises(ValueError, match=r"runs\.csv\.gz: damaged"):
         assert Study(tmp_path).rows is None
