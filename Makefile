@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slurm slow lint install clean
+.PHONY: demo study test test-slurm slow lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo --workdir=runs/demo
+
+study: $(INSTALLED)
+	$(BIN)/python -m launch.study
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist=loadscope --no-loadscope-reorder \

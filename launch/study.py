@@ -3,8 +3,8 @@
     python -m launch.study
     python -m launch.study --question=noise --question=shapes
 
-The folder holds `runs.csv.gz`, the rows of all runs, and other tables beside it, to which --add adds
-the rows of further sweeps. Answers stand in `README.md` between comments that name their questions,
+The folder holds `runs.csv.gz`, the rows of all runs, and other tables beside it; --add adds rows to
+them. Answers stand in `README.md` between comments that name their questions,
 fits in `fits`, figures in `figures`; the same rows give the same files.
 
 Exit codes: 0 done; 2 bad input, or a file that cannot be read or written; 75 and 130 stopped.

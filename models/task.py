@@ -6,6 +6,8 @@ where the model's layers keep them.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 from flax import nnx
@@ -102,4 +104,12 @@ def matrix_params(config: TransformerConfig) -> int:
 
 def _abstract(config: TransformerConfig, policy: Policy | Rules | None) -> Transformer:
     """The model without values, for its graph and shapes."""
-    return nnx.eval_shape(lambda: Transformer(config, policy, rngs=nnx.Rngs(0)))
+    model: Transformer = nnx.merge(*_shapes(config, policy))
+    return model
+
+
+@functools.lru_cache(maxsize=256)  # a sweep asks for the same few formats after every run
+def _shapes(config: TransformerConfig, policy: Policy | Rules | None) -> tuple[Any, Any]:
+    """Graph and state of `_abstract`."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, policy, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
