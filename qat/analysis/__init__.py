@@ -2,7 +2,8 @@
 
 `agreement` compares next-token distributions token by token, on the device and a part of the
 logits at a time. What it returns is small, one number a token, so `paired` and `context` do the
-statistics on the host in float64. `size` counts the bits a model takes.
+statistics on the host in float64. `size` counts the bits a model takes. `sharpness`, a module of
+its own, asks the Hessian what changes of the weights cost.
 """
 
 from qat.analysis.agreement import Agreement, agreement, agreement_of_states
