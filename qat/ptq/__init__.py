@@ -43,6 +43,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "transform",
 ]
 
 
@@ -79,6 +80,71 @@ def quantize(
             is no regular expression or matches no layer; nothing to quantize; weights or inputs
             that are not finite.
     """
+    ready = _ready(model, method, quantizer, calibration, skip, call, settings)
+    subject, rounded = ready.rounding.apply(ready.model, ready.targets, ready.stream)
+    reports = {
+        report.path: _with_reason(report, ready.fixed.get(report.path)) for report in rounded
+    }
+    for path, value in subject.parameters.items():
+        if path not in reports:
+            reports[path] = left_alone(path, value, ready.reasons[path])
+    return subject.result, [reports[path] for path in subject.parameters]
+
+
+def transform(
+    model: Any,
+    method: str,
+    quantizer: Quantizer | str,
+    calibration: Iterable[Any] = (),
+    skip: str | None = None,
+    *,
+    call: Callable[[Any, Any], Any] | None = None,
+    settings: Settings | None = None,
+) -> Any:
+    """The model whose weights `quantize` rounds: it computes what the original does.
+
+    Of methods that only round it has the original's parameters; other methods have scaled or
+    rotated them. So what `quantize` returns less this is what rounding changed.
+
+    Args and errors are those of `quantize`.
+
+    Returns:
+        A module or a pair, as `model` was; weights that are to be rounded have no quantizers.
+    """
+    return _ready(model, method, quantizer, calibration, skip, call, settings).model.result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A model before its weights are rounded.
+
+    Attributes:
+        model: transformed.
+        targets: weights to round, by path of their parameter.
+        rounding: how.
+        stream: of the model, with calibration; None without.
+        reasons: why other parameters stay as they are.
+        fixed: why the inputs of some targets are not transformed.
+    """
+
+    model: Model
+    targets: dict[str, list[Weight]]
+    rounding: Rounding
+    stream: Stream | None
+    reasons: dict[str, str]
+    fixed: dict[str, str]
+
+
+def _ready(
+    model: Any,
+    method: str,
+    quantizer: Quantizer | str,
+    calibration: Iterable[Any],
+    skip: str | None,
+    call: Callable[[Any, Any], Any] | None,
+    settings: Settings | None,
+) -> _Ready:
+    """All that comes before rounding; see `quantize`."""
     quantizer, parsed = Quantizer.of(quantizer), Method.parse(method)
     check_quantizer(quantizer)
     settings = Settings() if settings is None else settings
@@ -108,13 +174,8 @@ def quantize(
         seen = _stream_of(subject.without_quantizers(movable, ("activations",)), batches)
         subject = Transformation(quantizer, settings).apply(name, subject, movable, seen)
     rounding = Rounding(parsed.rounding, quantizer, settings)
-    subject, rounded = rounding.apply(subject, targets, _stream_of(subject, batches))
-    reports = {report.path: _with_reason(report, fixed.get(report.path)) for report in rounded}
     reasons |= dict.fromkeys(kept & found.keys(), f"skipped by {skip!r}")
-    for path, value in subject.parameters.items():
-        if path not in reports:
-            reports[path] = left_alone(path, value, reasons[path])
-    return subject.result, [reports[path] for path in subject.parameters]
+    return _Ready(subject, targets, rounding, _stream_of(subject, batches), reasons, fixed)
 
 
 def _kept_layers(model: Model, skip: str | None) -> set[str]:

@@ -118,6 +118,24 @@ def test_linen_and_nnx_give_the_same_model(mlp, linen, method):
         assert a.output_errors == pytest.approx(b.output_errors, rel=0.05)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant+gptq", "quarot"])
+def test_a_transformed_model_is_what_is_rounded(mlp, method):
+    """It computes what the original does, and rounding it to nearest is all that is left of rtn."""
+    (x, *_), calibration = batches(1), batches()
+    transformed = qat.ptq.transform(mlp, method, "int4/channel", calibration)
+    np.testing.assert_allclose(transformed(x), mlp(x), rtol=1e-4, atol=1e-2)
+    kernels = [np.asarray(layer.kernel[...]) for layer in transformed.layers]
+    same = [
+        np.array_equal(k, layer.kernel[...]) for k, layer in zip(kernels, mlp.layers, strict=True)
+    ]
+    assert all(same) if "+" not in method and method != "quarot" else not any(same)
+    names = method if "gptq" not in method else method.replace("gptq", "rtn")
+    rounded, _ = qat.ptq.quantize(mlp, names, "int4/channel", calibration)
+    for kernel, layer in zip(kernels, rounded.layers, strict=True):
+        expected = qat.fake_quant(jnp.asarray(kernel), "int4/channel", 0)
+        np.testing.assert_array_equal(layer.kernel[...], expected)
+
+
 def test_what_is_stored_is_what_the_model_multiplies(mlp):
     quantized, report = qat.ptq.quantize(mlp, "gptq", "int4/block:8/zero_point", batches())
     for line in report:
