@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     asked = [ORIGINAL, *variants(options.methods, options.formats, options.policies)]
     subject = open_subject(options.checkpoint)
     fitting.check(subject, asked)
-    study, identity = _study(subject, options, asked)
+    study, identity = study_of(subject, options, asked)
     with contextlib.ExitStack() as stack:
         hold(options.workdir, identity, stack)
         missing = study.missing(asked)
@@ -71,7 +71,7 @@ def run(options: Options) -> None:
     print(f"report: {options.workdir / _PAGE}")
 
 
-def _study(
+def study_of(
     subject: Subject, options: Options, asked: Sequence[Variant]
 ) -> tuple[Study, dict[str, Any]]:
     """The model with its texts, and what identifies a workdir of it.

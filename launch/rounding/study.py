@@ -89,7 +89,7 @@ class Study:
         for variant, texts in missing.items():
             if variant != ORIGINAL:
                 start = time.perf_counter()
-                quantized, bits = self._quantized(variant)
+                quantized, bits = self.quantized(variant)
                 on_batch = functools.partial(_tell, advance, variant)
                 found = [
                     (text, measure(parts, quantized, text, states[text.name], on_batch))
@@ -98,16 +98,7 @@ class Study:
                 self._write(variant, found, bits, time.perf_counter() - start)
                 written()
 
-    def _running(self, variant: Variant) -> Policy | None:
-        return running_policy(self.subject.policy, variant)
-
-    @property
-    def _original_bits(self) -> float:
-        """Of the model as it is; 0 where it was trained with other weights than it holds."""
-        trained = self.subject.policy.bits("weights") < UNQUANTIZED_BITS
-        return 0.0 if trained else UNQUANTIZED_BITS * self.subject.size
-
-    def _quantized(self, variant: Variant) -> tuple[Transformer, float]:
+    def quantized(self, variant: Variant) -> tuple[Transformer, float]:
         """The model of a variant, and the bits it takes.
 
         Raises:
@@ -132,6 +123,15 @@ class Study:
         rest = self.subject.size - sum(each.codes.size for each in stored)
         rest += sum(int(jnp.count_nonzero(rows)) for rows in exact)
         return quantized, float(total_bits(stored, rest))
+
+    def _running(self, variant: Variant) -> Policy | None:
+        return running_policy(self.subject.policy, variant)
+
+    @property
+    def _original_bits(self) -> float:
+        """Of the model as it is; 0 where it was trained with other weights than it holds."""
+        trained = self.subject.policy.bits("weights") < UNQUANTIZED_BITS
+        return 0.0 if trained else UNQUANTIZED_BITS * self.subject.size
 
     def _calibration_of(self, variant: Variant) -> str:
         return self.calibrated_on if variant.needs_text else "none"

@@ -217,12 +217,18 @@ def _accumulated(
 def token_losses(
     task: Task, params: Params, constants: Constants, key: Array, tokens_BS: Int[Array, "B S"]
 ) -> Float[Array, "B T"]:
-    """Cross entropy of every token but the first of each record, in nats.
+    """Cross entropy of every token but the first of each record, in nats."""
+    return cross_entropy(task.apply(params, constants, key, tokens_BS[:, :-1]), tokens_BS)
+
+
+def cross_entropy(
+    logits_BTV: Float[Array, "B T V"], tokens_BS: Int[Array, "B S"]
+) -> Float[Array, "B T"]:
+    """Of every token but the first of each record, in nats.
 
     The target's logit is picked by a mask that fuses into the sum, so that the backward pass keeps
     the logits in the head's own dtype, and neither float32 log probabilities nor a scatter.
     """
-    logits_BTV = task.apply(params, constants, key, tokens_BS[:, :-1])
     targets_BT1 = tokens_BS[:, 1:, None].astype(jnp.int32)
     ids_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None, :]
     target_logit_BT = jnp.sum(jnp.where(targets_BT1 == ids_11V, logits_BTV, 0.0), axis=-1)
