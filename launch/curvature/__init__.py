@@ -1,0 +1,1 @@
+"""What `launch.analyze` is made of: checkpoints, points at which to look, rows."""
