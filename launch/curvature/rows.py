@@ -29,6 +29,7 @@ class RunRow:
         params: N, non-embedding parameters.
         tokens: D, training tokens; 0 of a converted model.
         seed: of the run.
+        policy: of training.
         learning_rate: peak.
         schedule: name.
         config_hash: of the run's config.
@@ -45,6 +46,7 @@ class RunRow:
     params: int
     tokens: int
     seed: int
+    policy: str
     learning_rate: float
     schedule: str
     config_hash: str

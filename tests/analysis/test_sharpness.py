@@ -283,10 +283,16 @@ def test_products_of_the_decoder_are_symmetric_and_those_of_reverse_over_reverse
 def test_the_decoders_loss_grows_as_expanded_along_a_small_change(decoder):
     loss, params, batches = decoder
     rng = np.random.default_rng(3)
-    change = jax.tree.map(lambda x: jnp.float32(0.003 * rng.standard_normal(x.shape)), params)
-    found = sharpness.expand(loss, params, change, batches[:1])
-    assert abs(found.quadratic.mean) > 1e-4
-    assert abs(found.remaining.mean) < 0.15 * abs(found.quadratic.mean)
+    vector = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), params)
+    for _ in range(4):  # towards where the loss bends most
+        vector = sharpness.product(loss, params, batches, vector)
+        length = np.linalg.norm(flat(vector))
+        vector = jax.tree.map(lambda x, length=length: jnp.float32(0.02 * x / length), vector)
+    found = sharpness.expand(loss, params, vector, batches)
+    assert found.quadratic.mean > 5e-4
+    assert abs(found.remaining.mean) < 0.1 * found.quadratic.mean
+    parts = found.linear.mean + found.quadratic.mean + found.remaining.mean
+    assert found.change.mean == pytest.approx(parts, abs=1e-9)
 
 
 def test_one_program_serves_all_models_of_a_shape(decoder, monkeypatch):
