@@ -29,19 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 
+from qat.analysis.lanczos import ritz
 from qat.analysis.paired import mean_and_standard_error
 from qat.spelling import expected_instead
 
-# Arrays end in their axes: N parameters, M products with the Hessian, K eigenvalues, P probes.
+# Arrays end in their axes: N parameters, K eigenvalues, B batches, P probes, L leaves.
 Floats = NDArray[np.float64]
 Params = Any  # pytree of float32 arrays
 Batch = Any  # pytree of arrays
 Loss = Callable[[Params, Batch], Array]  # a mean, nats; a function, or a pytree that can be called
 
 _SETTLED = 3  # products after which no nearer eigenvalue has come between
-_NOISE = 1e-6  # of a float32 product, relative to the largest eigenvalue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +304,7 @@ def extremes(
         return _product(loss, params, batches, _tree(vector_N, params))
 
     settled = 0
-    for values_K, bounds_K in _lanczos(apply, rng, size, min(products, size)):
+    for values_K, bounds_K in ritz(apply, rng, size, min(products, size)):
         within_K = bounds_K <= tolerance * np.abs(values_K).max()
         pairs = zip(values_K.tolist(), bounds_K.tolist(), within_K.tolist(), strict=True)
         found = tuple(Eigenvalue(*each) for each in pairs)
@@ -316,48 +315,6 @@ def extremes(
         if settled == _SETTLED:
             break
     return asked
-
-
-def _lanczos(
-    apply: Callable[[Floats], Floats], rng: np.random.Generator, size: int, most: int
-) -> Iterator[tuple[Floats, Floats]]:
-    """Ascending Ritz values and the bounds of their errors, after each of `most` products.
-
-    Bounds are infinite from where the space has closed until the last product, see `extremes`.
-    """
-    basis_MN = np.empty((most, size))
-    diagonal, beside = list[float](), list[float]()
-    vector_N, closed = _outside(basis_MN[:0], rng), False
-    for done in range(1, most + 1):
-        basis_MN[done - 1] = vector_N
-        image_N = apply(vector_N)
-        diagonal.append(float(vector_N @ image_N))
-        rest_N = _orthogonal(basis_MN[:done], image_N)
-        length = float(np.linalg.norm(rest_N))
-        values_K, vectors_MK = eigh_tridiagonal(diagonal, beside)
-        bounds_K = length * np.abs(vectors_MK[-1])
-        closed = closed or length <= _NOISE * np.abs(values_K).max()
-        yield values_K, np.full(done, np.inf) if closed and done < most else bounds_K
-        if done < most:
-            whole = length > _NOISE * np.abs(values_K).max()
-            beside.append(length if whole else 0.0)
-            vector_N = rest_N / length if whole else _outside(basis_MN[:done], rng)
-
-
-def _orthogonal(basis_MN: Floats, vector_N: Floats) -> Floats:
-    """What of a vector is outside the space of an orthonormal basis; twice is enough."""
-    rest_N: Floats = vector_N
-    for _ in range(2):
-        rest_N = rest_N - basis_MN.T @ (basis_MN @ rest_N)
-    return rest_N
-
-
-def _outside(basis_MN: Floats, rng: np.random.Generator) -> Floats:
-    """A random unit vector orthogonal to a basis."""
-    vector_N: Floats = rng.standard_normal(basis_MN.shape[1:])
-    rest_N = _orthogonal(basis_MN, vector_N)
-    unit_N: Floats = rest_N / np.linalg.norm(rest_N)
-    return unit_N
 
 
 @jax.jit
