@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from launch.studies import (
+    curvature,
     decay,
     experts,
     formats,
@@ -28,6 +29,7 @@ QUESTIONS: Mapping[str, Callable[[Study], Answer]] = {
     "rounding": rounding.answer,
     "rotation": rotation.answer,
     "decay": decay.answer,
+    "curvature": curvature.answer,
     "operands": operands.answer,
     "formats": formats.answer,
     "ternary": ternary.answer,
