@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 import qat.nnx
 from models.attention import Attention, Cache, Positions
+from models.mlp import GatedMlp
 from models.norm import RMSNorm
 from models.rotated import rotate_residual
 from qat.policy import Policy, Rules
@@ -154,30 +155,11 @@ def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> RMSNorm:
     return RMSNorm(features, dtype=dtype, rngs=rngs, epsilon=config.norm_epsilon)
 
 
-class GatedMlp(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202), with or without a norm before the down projection."""
-
-    def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
-        shared: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        width, gated = config.width, config.gated_width
-        self.gate_up = qat.nnx.LinearGeneral(
-            width, (2, gated), policy=rules.policy_for(f"{path}/gate_up"), **shared
-        )
-        self.norm = _norm(gated, config, rngs) if config.sub_norms else None
-        self.down = qat.nnx.Linear(gated, width, policy=rules.policy_for(f"{path}/down"), **shared)
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The block's update from normed inputs."""
-        gate_up_BT2F = constrain(self.gate_up(x_BTD), "batch", None, None, "mlp")
-        gate_BT1F, up_BT1F = jnp.split(gate_up_BT2F, 2, axis=2)
-        hidden_BTF = (jax.nn.silu(gate_BT1F) * up_BT1F)[..., 0, :]
-        return self.down(hidden_BTF if self.norm is None else self.norm(hidden_BTF))
-
-
 class Block(nnx.Module):
     """Attention and gated layer, each on the normed residual stream."""
 
     def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
+        shared = (config.sub_norms, config.norm_epsilon, jnp.dtype(config.dtype), rules)
         self.attention_norm = _norm(config.width, config, rngs)
         self.attention = Attention(
             config.width,
@@ -185,15 +167,12 @@ class Block(nnx.Module):
             config.kv_heads,
             config.channels,
             config.score_scale,
-            config.sub_norms,
-            config.norm_epsilon,
-            jnp.dtype(config.dtype),
-            rules,
+            *shared,
             f"{path}/attention",
             rngs,
         )
         self.mlp_norm = _norm(config.width, config, rngs)
-        self.mlp = GatedMlp(config, rules, f"{path}/mlp", rngs)
+        self.mlp = GatedMlp(config.width, config.gated_width, *shared, f"{path}/mlp", rngs)
         self.scale = config.residual_scale
 
     def __call__(
