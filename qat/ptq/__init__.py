@@ -173,6 +173,8 @@ def _ready(
     for name in parsed.transformations:
         seen = _stream_of(subject.without_quantizers(movable, ("activations",)), batches)
         subject = Transformation(quantizer, settings).apply(name, subject, movable, seen)
+    if parsed.transformations == ("quarot",):  # which may have reached them by the residual stream
+        fixed = {path: reason for path, reason in fixed.items() if path not in subject.rotated}
     rounding = Rounding(parsed.rounding, quantizer, settings)
     reasons |= dict.fromkeys(kept & found.keys(), f"skipped by {skip!r}")
     return _Ready(subject, targets, rounding, _stream_of(subject, batches), reasons, fixed)

@@ -124,9 +124,14 @@ class LinenModel:
         """Linen's attention has no place for it."""
         return self
 
-    def with_rotated_residual(self, seed: int) -> tuple["LinenModel", frozenset[str]]:
+    @property
+    def rotated(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def with_rotated_residual(self, seed: int) -> "LinenModel":
         """Linen's layers are not known before they run."""
-        return self, frozenset()
+        return self
 
     def _with_collection(self, name: str, values: dict[str, Any]) -> "LinenModel":
         return dataclasses.replace(self, variables={**self.variables, name: values})

@@ -78,8 +78,13 @@ class Model(Protocol):
         """With keys and values rotated where they are quantized for the cache."""
         ...
 
-    def with_rotated_residual(self, seed: int) -> tuple["Model", frozenset[str]]:
-        """With the residual stream rotated, if the model can; and weights whose inputs that is."""
+    @property
+    def rotated(self) -> frozenset[str]:
+        """Weights whose inputs are the rotated residual stream."""
+        ...
+
+    def with_rotated_residual(self, seed: int) -> "Model":
+        """With the residual stream rotated, if the model can."""
         ...
 
     @property

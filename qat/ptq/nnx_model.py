@@ -35,10 +35,12 @@ class NnxModel:
     Attributes:
         module: never changed; others are made of it.
         call: (module, batch) → anything, how a batch runs.
+        rotated: weights whose inputs are the rotated residual stream.
     """
 
     module: nnx.Module
     call: Callable[[Any, Any], Any]
+    rotated: frozenset[str] = frozenset()
 
     @property
     def result(self) -> nnx.Module:
@@ -118,13 +120,13 @@ class NnxModel:
         """Queries and probabilities stay."""
         return self._changed(rotate_caches, seed)
 
-    def with_rotated_residual(self, seed: int) -> tuple["NnxModel", frozenset[str]]:
+    def with_rotated_residual(self, seed: int) -> "NnxModel":
         """By the module's own `rotate_residual(seed)`, if it has one."""
         if not hasattr(self.module, "rotate_residual"):
-            return self, frozenset()
+            return self
         module: Any = nnx.clone(self.module)
         rotated = frozenset(module.rotate_residual(seed))
-        return dataclasses.replace(self, module=module), rotated
+        return dataclasses.replace(self, module=module, rotated=rotated)
 
     def _changed(self, change: Callable[..., None], *args: Any) -> "NnxModel":
         module = nnx.clone(self.module)

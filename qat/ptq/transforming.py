@@ -70,11 +70,11 @@ class Transformation:
     def _quarot(self, model: Model, targets: Targets) -> Model:
         """The residual stream offline where the model can, other inputs as they come."""
         seed = self.settings.seed
-        model, done = model.with_rotated_residual(seed)
+        model = model.with_rotated_residual(seed)
         steps = {
             path: [Rotating(Rotation.of(weights[0].matrices_shape()[1], seed + 1))] * len(weights)
             for path, weights in targets.items()
-            if path not in done
+            if path not in model.rotated
         }
         return _with_steps(model, targets, steps).with_rotated_cache(seed + 2)
 
