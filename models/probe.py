@@ -21,7 +21,7 @@ def activations(model: Transformer, tokens_BT: Int[Array, "B T"]) -> dict[str, F
     graph, layers = nnx.split(model.blocks)
     for index in range(model.config.layers):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-        x_BTD, _ = nnx.merge(graph, layer)(x_BTD, positions, None)
+        x_BTD, *_ = nnx.merge(graph, layer)(x_BTD, positions, None)
         seen[f"block {index}"] = x_BTD
     seen["logits"] = model.head(model.norm(x_BTD))
     return {name: x.astype(jnp.float32) for name, x in seen.items()}

@@ -29,20 +29,26 @@ def rotate_residual(model: "Transformer", seed: int) -> frozenset[str]:
     Returns:
         Paths of the weights whose inputs are now rotated.
     """
-    attention, mlp = model.blocks.attention, model.blocks.mlp
-    _fold(model.blocks.attention_norm, attention.qkv)
-    _fold(model.blocks.mlp_norm, mlp.gate_up)
-    _fold(model.norm, model.head)
+    attention, mlp, router = model.blocks.attention, model.blocks.mlp, model.blocks.router
+    into_mlp = {"blocks/mlp/gate_up/kernel": (mlp.gate_up.kernel, -3)}
+    if router is not None:
+        into_mlp["blocks/router/kernel"] = (router.kernel, -2)
+    into_attention = {"blocks/attention/qkv/kernel": (attention.qkv.kernel, -4)}
+    into_head = {"head/kernel": (model.head.kernel, -2)}
+    _fold(model.blocks.attention_norm, *into_attention.values())
+    _fold(model.blocks.mlp_norm, *into_mlp.values())
+    _fold(model.norm, *into_head.values())
     if attention.norm is not None:
-        _fold(attention.norm, attention.out)
+        _fold(attention.norm, (attention.out.kernel, -2))
     _rotate_values(attention, seed)
     stream = Rotation.of(model.config.width, seed)
     _change(model.embed.embedding, lambda table_VD: stream.apply(table_VD, -1))
     for writer in (attention.out, mlp.down):
         _change(writer.kernel, lambda kernel: stream.apply(kernel, -1))
-    for reader, axis in ((attention.qkv, 1), (mlp.gate_up, 1), (model.head, 0)):
-        _change(reader.kernel, lambda kernel, axis=axis: stream.apply(kernel, axis))
-    return frozenset({"blocks/attention/qkv/kernel", "blocks/mlp/gate_up/kernel", "head/kernel"})
+    readers = {**into_attention, **into_mlp, **into_head}
+    for kernel, axis in readers.values():
+        _change(kernel, lambda kernel, axis=axis: stream.apply(kernel, axis))
+    return frozenset(readers)
 
 
 def _rotate_values(attention: Any, seed: int) -> None:
@@ -63,12 +69,14 @@ def _rotate_values(attention: Any, seed: int) -> None:
     _change(attention.out.kernel, in_out)
 
 
-def _fold(norm: Any, reader: Any) -> None:
-    """Moves a norm's scale (*stack, D) into the projection that reads it."""
+def _fold(norm: Any, *readers: tuple[Any, int]) -> None:
+    """Moves a norm's scale (*stack, D) into the kernels that read it, along an axis of each."""
     scale = norm.scale[...]
-    kernel = reader.kernel[...]
-    beside = scale.reshape(*scale.shape, *(1,) * (kernel.ndim - scale.ndim))
-    reader.kernel.set_value((kernel * beside).astype(kernel.dtype))
+    for kernel, axis in readers:
+        beside = [1] * kernel.ndim
+        for place, size in zip((*range(scale.ndim - 1), axis), scale.shape, strict=True):
+            beside[place] = size
+        _change(kernel, lambda old, beside=beside: (old * scale.reshape(beside)).astype(old.dtype))
     norm.scale.set_value(jnp.ones_like(scale))
 
 

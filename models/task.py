@@ -2,7 +2,8 @@
 
 The model is built abstractly once to learn its graph; everything after is pure functions of
 parameters and constants. The constants of a policy are the numbers of its formats in the places
-where the model's layers keep them.
+where the model's layers keep them. Training a model with experts lessens their balance too; it is
+evaluated without.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ AXES: LogicalAxes = (
     ("head/kernel", ("width", "vocabulary")),
     ("attention/qkv/kernel", ("layer", "width", "heads", None, None)),
     ("attention/out/kernel", ("layer", "heads", "width")),
-    ("mlp/gate_up/kernel", ("layer", "width", None, "mlp")),
-    ("mlp/down/kernel", ("layer", "mlp", "width")),
+    ("router/kernel", ("layer", "width", "expert")),
+    ("mlp/gate_up/kernel", ("layer", ..., "width", None, "mlp")),  # between them experts, if any
+    ("mlp/down/kernel", ("layer", ..., "mlp", "width")),
     ("blocks/.*(scale|_value)", ("layer", ...)),
     ("scale", (None,)),
     ("_value", (...,)),
@@ -53,16 +55,25 @@ def language_model(
         params = split(Transformer(config, structure, rngs=nnx.Rngs(key)))[1]
         return scaling.initial_values(params, AXES)
 
+    def merged(params: Params, constants: Constants, key: jax.Array) -> Transformer:
+        model: Transformer = nnx.merge(graph, _gathered(params), constants)
+        if noisy:
+            qat.nnx.set_key(model, key)
+        return model
+
     def apply(
         params: Params, constants: Constants, key: jax.Array, tokens_BT: jax.Array
     ) -> jax.Array:
-        model = nnx.merge(graph, _gathered(params), constants)
-        if noisy:
-            qat.nnx.set_key(model, key)
-        logits_BTV: jax.Array = model(tokens_BT)
-        return logits_BTV
+        return merged(params, constants, key)(tokens_BT)
 
-    return Task(init, apply, AXES)
+    def penalized(
+        params: Params, constants: Constants, key: jax.Array, tokens_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        model = merged(params, constants, key)
+        states_BTD, balance = model.states_and_balance(tokens_BT)
+        return model.logits(states_BTD), config.balance * balance
+
+    return Task(init, apply, AXES, penalized if config.experts else None)
 
 
 def _gathered(params: Params) -> Params:
@@ -98,8 +109,11 @@ def model_of(
 
 
 def matrix_params(config: TransformerConfig) -> int:
-    """Parameters that take part in a matrix product, for counting FLOPs: no norms, no embedding."""
-    return config.kernel_params + config.width * config.vocabulary
+    """Parameters that a token meets in matrix products, for counting FLOPs: no norms, no embedding.
+
+    Of the experts those that it passes through; empty slots and how tokens get there are left out.
+    """
+    return config.active_kernel_params + config.width * config.vocabulary
 
 
 def _abstract(config: TransformerConfig, policy: Policy | Rules | None) -> Transformer:

@@ -8,9 +8,11 @@ Llama (Touvron et al., arXiv 2302.13971), so checkpoints of that family run as t
 and head are untied (of a checkpoint that ties them the head is a copy) and stay unquantized unless
 the policy is a set of `Rules` that says otherwise.
 
+With `experts` the gated layer of every block is a mixture of several, see `models.moe`.
+
 The blocks are one stacked module run by `jax.lax.scan`, so compile time does not grow with depth.
 Rematerialisation keeps a block's input ("full"), or that and the outputs of its matrix products
-("dots"), and computes the rest again in the backward pass.
+("dots", not those of heads and experts), and computes the rest again in the backward pass.
 
 The model is used functionally: `split` it into parameters and the rest, `jax.jit` a pure function
 of both. The policy's numbers are part of the rest and thus data.
@@ -19,6 +21,7 @@ Shapes: L layers, B batch, T tokens, D width, F width of the gated layer, V voca
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -29,6 +32,7 @@ from jaxtyping import Array, Float, Int
 import qat.nnx
 from models.attention import Attention, Cache, Positions
 from models.mlp import GatedMlp
+from models.moe import Router, capacity, mixture, stacked
 from models.norm import RMSNorm
 from models.rotated import rotate_residual
 from qat.policy import Policy, Rules
@@ -65,6 +69,11 @@ class TransformerConfig:
         head_width: channels C of a head; 0 means `width / heads`.
         sub_norms: whether a norm stands before the attention output and the down projection.
         norm_epsilon: added to the mean squares of all norms.
+        experts: gated layers that a block has in place of one; 0 is one that all tokens share, and
+            what follows then means nothing.
+        experts_per_token: of them, that each token passes through.
+        capacity_factor: tokens that an expert has slots for, relative to an even share of them.
+        balance: factor of the load-balancing loss in what training lessens.
     """
 
     vocabulary: int = 256
@@ -82,12 +91,16 @@ class TransformerConfig:
     head_width: int = 0
     sub_norms: bool = True
     norm_epsilon: float = 1e-6
+    experts: int = 0
+    experts_per_token: int = 1
+    capacity_factor: float = 1.25
+    balance: float = 0.01
 
     def __post_init__(self) -> None:
         for size in ("vocabulary", "width", "layers", "heads", "kv_heads", "unroll"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} = {getattr(self, size)}: expected at least 1")
-        for size in ("mlp_width", "head_width", "norm_epsilon"):
+        for size in ("mlp_width", "head_width", "norm_epsilon", "experts"):
             if getattr(self, size) < 0:
                 raise ValueError(f"{size} = {getattr(self, size)}: expected at least 0")
         for name, options in (("dtype", _DTYPES), ("remat", tuple(_REMAT))):
@@ -101,6 +114,8 @@ class TransformerConfig:
                 f"nearest is {self.head_width + 1}"
             )
         _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
+        if self.experts:
+            self._check_experts()
 
     @property
     def channels(self) -> int:
@@ -124,16 +139,60 @@ class TransformerConfig:
 
     @property
     def kernel_params(self) -> int:
-        """Parameters of the blocks' projections."""
+        """Parameters of the blocks' projections, of all experts and routers."""
         attention = 2 * self.width * self.channels * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.width * self.gated_width)
+        mlp = max(1, self.experts) * 3 * self.width * self.gated_width
+        return self.layers * (attention + mlp + self.width * self.experts)
 
     @property
     def params(self) -> int:
-        """Parameters N as scaling laws count them: without embedding and head."""
-        sub_norms = self.attention_width + self.gated_width if self.sub_norms else 0
+        """Parameters N as scaling laws count them: without embedding and head, all experts."""
+        gated = max(1, self.experts) * self.gated_width
+        sub_norms = self.attention_width + gated if self.sub_norms else 0
         norms = self.layers * (2 * self.width + sub_norms) + self.width
         return self.kernel_params + norms
+
+    @property
+    def active_kernel_params(self) -> int:
+        """Of `kernel_params` those that a token passes through."""
+        return self.kernel_params - self._idle_layers * 3 * self.width * self.gated_width
+
+    @property
+    def active_params(self) -> int:
+        """Of `params` those that a token passes through: all but those of the other experts."""
+        norm = self.gated_width if self.sub_norms else 0
+        return self.params - self._idle_layers * (3 * self.width * self.gated_width + norm)
+
+    def gated_rows(self, tokens: int) -> int:
+        """Rows that the gated layers of a block compute for a sequence of this many tokens."""
+        if not self.experts:
+            return tokens
+        shape = (tokens, self.experts, self.experts_per_token, self.capacity_factor)
+        return self.experts * capacity(*shape)
+
+    @property
+    def _idle_layers(self) -> int:
+        """Gated layers of the model that a token does not pass through."""
+        return self.layers * max(0, self.experts - self.experts_per_token)
+
+    def _check_experts(self) -> None:
+        """Raises ValueError for numbers that no mixture can have."""
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token}: expected at least 1, at most "
+                f"experts = {self.experts}"
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor = {self.capacity_factor}: expected a finite number above 0"
+            )
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(f"balance = {self.balance}: expected a finite number, at least 0")
+        if self.sub_norms and not self.norm_epsilon:
+            raise ValueError(
+                "norm_epsilon = 0: expected a number above 0, since experts norm empty slots, such "
+                "as 1e-06"
+            )
 
 
 def _check_multiple(whole: str, size: int, part: str, count: int, each: int = 1) -> None:
@@ -150,16 +209,26 @@ def _check_multiple(whole: str, size: int, part: str, count: int, each: int = 1)
     raise ValueError(f"{reason}; nearest is {' or '.join(near)}")
 
 
+def _router(config: TransformerConfig, rngs: nnx.Rngs) -> Router:
+    return Router(
+        config.width, config.experts, config.experts_per_token, config.capacity_factor, rngs
+    )
+
+
 def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> RMSNorm:
     dtype = jnp.dtype(config.dtype)
     return RMSNorm(features, dtype=dtype, rngs=rngs, epsilon=config.norm_epsilon)
 
 
 class Block(nnx.Module):
-    """Attention and gated layer, each on the normed residual stream."""
+    """Attention and gated layer, or a mixture of those, each on the normed residual stream."""
 
     def __init__(self, config: TransformerConfig, rules: Rules, path: str, rngs: nnx.Rngs):
         shared = (config.sub_norms, config.norm_epsilon, jnp.dtype(config.dtype), rules)
+
+        def mlp(rngs: nnx.Rngs) -> GatedMlp:
+            return GatedMlp(config.width, config.gated_width, *shared, f"{path}/mlp", rngs)
+
         self.attention_norm = _norm(config.width, config, rngs)
         self.attention = Attention(
             config.width,
@@ -172,17 +241,29 @@ class Block(nnx.Module):
             rngs,
         )
         self.mlp_norm = _norm(config.width, config, rngs)
-        self.mlp = GatedMlp(config.width, config.gated_width, *shared, f"{path}/mlp", rngs)
+        self.mlp = stacked(config.experts, mlp, rngs) if config.experts else mlp(rngs)
+        self.router = _router(config, rngs) if config.experts else None
         self.scale = config.residual_scale
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], positions: Positions, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """One layer; see `Attention` for the arguments."""
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""] | None]:
+        """One layer; see `Attention` for the arguments.
+
+        Returns:
+            The residual stream, the cache, and how well the experts are balanced, if there are any.
+        """
         update_BTD, cache = self.attention(self.attention_norm(x_BTD), positions, cache)
         x_BTD = constrain(x_BTD + self.scale * update_BTD, "batch", None, None)
-        update_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD + self.scale * update_BTD, "batch", None, None), cache
+        update_BTD, balance = self._gated(self.mlp_norm(x_BTD))
+        return constrain(x_BTD + self.scale * update_BTD, "batch", None, None), cache, balance
+
+    def _gated(self, x_BTD: Array) -> tuple[Array, Array | None]:
+        """The update by the gated layer, or by those that the router chooses, and its balance."""
+        if self.router is None:
+            return self.mlp(x_BTD), None
+        routing = self.router(x_BTD)
+        return mixture(self.mlp, routing, x_BTD), routing.balance
 
 
 class Transformer(nnx.Module):
@@ -192,7 +273,8 @@ class Transformer(nnx.Module):
         config: shape.
         policy: one for all projections and the cache of every block, `Rules` by layer path
             (embed, blocks/attention/qkv, blocks/attention/cache, blocks/attention/out,
-            blocks/mlp/gate_up, blocks/mlp/down, head), or None for no quantization code at all.
+            blocks/mlp/gate_up, blocks/mlp/down, head; those of the mlp are of all experts), or None
+            for no quantization code at all.
         rngs: for the initial parameters.
     """
 
@@ -232,6 +314,14 @@ class Transformer(nnx.Module):
         """What the head reads at every position, in the compute dtype."""
         return self._run(tokens_BT, jnp.int32(0), None)[0]
 
+    def states_and_balance(
+        self, tokens_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """`states`, and the mean over layers of `Routing.balance`, of a model with experts."""
+        states_BTD, _, balance_L = self._run(tokens_BT, jnp.int32(0), None)
+        assert balance_L is not None
+        return states_BTD, balance_L.mean()
+
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What the head makes of `states`, float32."""
         logits_BTV = constrain(self.head(x_BTD), "batch", None, "vocabulary")
@@ -245,7 +335,7 @@ class Transformer(nnx.Module):
         T is the prompt's length once, then 1. The caller keeps ``position + T`` within the
         cache's length.
         """
-        x_BTD, cache_after = self._run(tokens_BT, position, cache)
+        x_BTD, cache_after, _ = self._run(tokens_BT, position, cache)
         assert cache_after is not None
         return self.logits(x_BTD), cache_after
 
@@ -266,27 +356,27 @@ class Transformer(nnx.Module):
 
     def _run(
         self, tokens_BT: Array, position: Array, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        """Embedding, the scanned blocks, and the norm before the head."""
+    ) -> tuple[Array, Cache | None, Array | None]:
+        """Embedding, the scanned blocks, and the norm before the head; caches and balances."""
         config, tokens = self.config, tokens_BT.shape[1]
         longest = tokens if cache is None else cache.k_BSKC.shape[2]
         positions = self.positions(position, tokens, longest)
         graph, layers = nnx.split(self.blocks)
 
-        def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, tuple[Any, Any]]:
+        def body(x_BTD: Array, scanned: tuple[Any, Cache | None]) -> tuple[Array, tuple[Any, ...]]:
             state, layer_cache = scanned
             layer = nnx.merge(graph, state)
-            x_BTD, cache = layer(x_BTD, positions, layer_cache)
-            return x_BTD, (cache, nnx.state(layer, qat.nnx.Observation))
+            x_BTD, *made = layer(x_BTD, positions, layer_cache)
+            return x_BTD, (*made, nnx.state(layer, qat.nnx.Observation))
 
         if config.remat != "none":
             policy = _REMAT[config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BTD = constrain(self.embed(tokens_BT), "batch", None, None)
         unroll = min(config.unroll, config.layers)
-        x_BTD, (cache, seen) = jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
+        x_BTD, (cache, balance_L, seen) = jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
         nnx.update(self.blocks, seen)
-        return self.norm(x_BTD), cache
+        return self.norm(x_BTD), cache, balance_L
 
 
 def inner_rules(policy: Policy | None) -> Rules:

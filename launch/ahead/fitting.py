@@ -28,6 +28,7 @@ Mesh = Mapping[str, int]
 _MOST_COMPILES = 2  # of candidates on one slice
 _FLOAT32 = 4
 _SCORES_KEPT = 3  # float32 arrays of attention scores at once, in the backward pass
+_ROUTINGS_KEPT = 3  # float32 arrays of tokens by slots: dispatch, combine and its gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +125,12 @@ def _activations(experiment: Experiment, mesh: Mesh) -> float:
     tensor, tokens = mesh["tensor"], int(config["data"]["sequence_length"])
     compute = 2 if model.dtype != "float32" else _FLOAT32
     residual = sequences * tokens * model.width * compute
-    projected = sequences * tokens * (4 * model.width + 3 * model.gated_width) * compute / tensor
+    rows = sequences * model.gated_rows(tokens)
+    channels = 4 * sequences * tokens * model.width + 3 * rows * model.gated_width
+    projected = channels * compute / tensor
     scores = sequences * model.heads * tokens**2 * _FLOAT32 / tensor
-    block = 2 * projected + _SCORES_KEPT * scores + 4 * residual
+    routed = _ROUTINGS_KEPT * tokens * rows * _FLOAT32 if model.experts else 0
+    block = 2 * projected + _SCORES_KEPT * scores + 4 * residual + routed
     head = sequences * tokens * model.vocabulary * (2 * _FLOAT32 + compute) / tensor
     gathered = max(model.kernel_params // model.layers, model.width * model.vocabulary) * (
         compute / tensor

@@ -19,7 +19,7 @@ from qat.policy import Policy
 from qat.ptq.blocks import nearest_fitting
 from qat.quantizer import Quantizer
 
-SKIP = "embed|head"  # stay unquantized, as in training
+SKIP = "embed|head|.*/router"  # stay unquantized, as in training
 
 
 def running_policy(trained: Policy, variant: Variant) -> Policy | None:

@@ -8,12 +8,12 @@ itself can teach as well as real text.
 
 A student is a task like any other: the same loop, checkpoints and sweeps train it. Its teacher is
 data, part of the constants, and lies on the mesh as the student's parameters do. What a student is
-evaluated by stays the cross entropy with real text.
+evaluated by stays the cross entropy with real text. What else its training is to keep small, as the
+imbalance of its experts, it keeps small here too.
 
 Shapes: B sequences, T tokens, S = T + 1 tokens of a record, V vocabulary.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -53,14 +53,15 @@ def taught(student: Task, teacher: Task) -> Task:
     def losses(params: Params, constants: Taught, key: Array, tokens_BS: Array) -> Array:
         tokens_BT = tokens_BS[:, :-1]
         known_BTV = teacher.apply(constants.teacher_params, constants.teacher, key, tokens_BT)
-        return soft_cross_entropy(apply(params, constants, key, tokens_BT), known_BTV)
+        logits_BTV, penalty = student.logits_and_penalty(params, constants.own, key, tokens_BT)
+        return soft_cross_entropy(logits_BTV, known_BTV) + penalty
 
     def placement(mesh: Mesh) -> Any:
         same = NamedSharding(mesh, PartitionSpec())
         params = jax.eval_shape(teacher.init, jax.random.key(0))
         return Taught(same, state_shardings(params, mesh, teacher.axes), same)
 
-    return dataclasses.replace(student, apply=apply, losses=losses, placement=placement)
+    return Task(student.init, apply, student.axes, losses=losses, placement=placement)
 
 
 def soft_cross_entropy(

@@ -8,7 +8,7 @@ arXiv 2310.02244): with m = width / base width and d = depth / base depth,
     array                     initial values   rate of Adam's update
     embedding                 √m               1
     inner matrices            1                1/m
-    head                      1/√m             1/m
+    head, routers             1/√m             1/m
     scales and biases         1                1
     anything in a block       as above         times 1/√d
 
@@ -31,7 +31,7 @@ from qat.training.sharding import LogicalAxes, axes_of, path_name
 
 RULES = ("fixed", "depth-mup", "mup")
 
-_FINITE = "vocabulary"  # the only axis that does not grow with the model
+_FINITE = ("vocabulary", "expert")  # axes that do not grow with the model
 _STACK = "layer"
 
 
@@ -91,13 +91,13 @@ class Scaling:
 
     def _initial(self, axes: tuple[str | None, ...]) -> float:
         inner = _inner(axes)
-        if _FINITE not in inner:
+        if not set(_FINITE) & set(inner):
             return 1.0
-        return float(self.width**0.5 if inner[0] == _FINITE else self.width**-0.5)
+        return float(self.width**0.5 if inner[0] in _FINITE else self.width**-0.5)
 
     def _rate(self, axes: tuple[str | None, ...]) -> float:
         inner = _inner(axes)
-        matrix = len(inner) > 1 and inner[0] != _FINITE
+        matrix = len(inner) > 1 and inner[0] not in _FINITE
         in_block = self.residual_scale if _STACK in axes else 1.0
         return in_block / self.width if matrix else in_block
 

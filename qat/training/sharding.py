@@ -93,8 +93,8 @@ def state_shardings(
         state: pytree of arrays or their shapes.
         mesh: devices.
         axes: pairs of a regular expression, found at the end of a "/"-separated path, and the
-            logical axis of each dimension (None is never split, nor is what a last ... stands
-            for).
+            logical axis of each dimension (None is never split, nor are those, as many as there
+            are, that one ... stands for).
         mapping: logical axis → mesh axis; what is absent is never split.
 
     Raises:
@@ -165,7 +165,8 @@ def axes_of(name: str, shape: tuple[int, ...], axes: LogicalAxes) -> tuple[str |
     rest = len(shape) - len(named)
     if rest < 0 or (rest and len(named) == len(logical)):
         raise ValueError(f"sharding rule {logical} does not fit {name!r} of shape {shape}")
-    return named + (None,) * rest
+    before = logical.index(...) if ... in logical else len(named)
+    return (*named[:before], *(None,) * rest, *named[before:])
 
 
 def _spec(

@@ -52,16 +52,29 @@ class Task:
         init: (random key) → parameters, a nested dict of float32 arrays.
         apply: (parameters, constants, random key, tokens_BT) → logits_BTV, float32.
         axes: logical axes of the parameters, for `qat.training.sharding`.
+        penalized: (parameters, constants, random key, tokens_BT) → (logits_BTV, penalty), as
+            training runs it where something is to be small beside the loss, in nats per token;
+            None is `apply`, and no penalty. No task is evaluated by it.
         losses: (parameters, constants, random key, tokens_BS) → losses_BT, what training lessens,
-            nats per token; None is the cross entropy with the text, by which any task is evaluated.
+            nats per token; None is the cross entropy with the text, by which any task is evaluated,
+            and the penalty.
         placement: (mesh) → shardings of the constants; None has them whole on every device.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[[Params, Constants, Array, Array], Array]
     axes: LogicalAxes
+    penalized: Callable[[Params, Constants, Array, Array], tuple[Array, Array]] | None = None
     losses: Callable[[Params, Constants, Array, Array], Array] | None = None
     placement: Callable[[Mesh], Any] | None = None
+
+    def logits_and_penalty(
+        self, params: Params, constants: Constants, key: Array, tokens_BT: Array
+    ) -> tuple[Array, Array | float]:
+        """As training runs it."""
+        if self.penalized is None:
+            return self.apply(params, constants, key, tokens_BT), 0.0
+        return self.penalized(params, constants, key, tokens_BT)
 
 
 class TrainState(NamedTuple):
@@ -76,7 +89,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """What a train step reports, all float32 scalars of its batch."""
 
-    loss: Float[Array, ""]  # nats per token
+    loss: Float[Array, ""]  # nats per token, with the penalty if there is one
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
 
@@ -119,7 +132,7 @@ def make_programs(
     Raises:
         ValueError: the state does not fit the mesh (see `state_shardings`).
     """
-    losses = task.losses or functools.partial(token_losses, task)
+    losses = task.losses or functools.partial(_training_losses, task)
 
     def init_state(seed: Array) -> TrainState:
         params = task.init(jax.random.key(seed))
@@ -212,6 +225,14 @@ def _accumulated(
         return mean
 
     return accumulate
+
+
+def _training_losses(
+    task: Task, params: Params, constants: Constants, key: Array, tokens_BS: Array
+) -> Array:
+    """What training lessens, for every token."""
+    logits_BTV, penalty = task.logits_and_penalty(params, constants, key, tokens_BS[:, :-1])
+    return cross_entropy(logits_BTV, tokens_BS) + penalty
 
 
 def token_losses(
