@@ -47,6 +47,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.model.unroll = 8  # at most
     config.model.remat = "none"
+    config.model.experts = 0  # see models.moe; 0 is a dense model, for which the next keys are none
+    config.model.experts_per_token = 1
+    config.model.capacity_factor = 1.25
+    config.model.balance = 0.01
 
     config.data = ml_collections.ConfigDict()  # see qat.training.data.prepare
     config.data.source = "stdlib"  # folder:PATH, jsonl:PATH or tfds:NAME, see sources.parse_source

@@ -19,6 +19,7 @@ from qat.training.schedule import Schedule, branches, warmup_cosine
 from qat.training.tokenizer import parse_tokenizer
 
 ORIGINS = ("init", "teacher")  # keys that name checkpoints, see launch.origin
+_OF_EXPERTS = ("experts", "experts_per_token", "capacity_factor", "balance")  # keys of the model
 _SCHEDULES = ("cosine", "wsd")
 # What is not data to the compiled programs, beside the structure of the policy.
 _COMPILED = (
@@ -41,7 +42,7 @@ class Experiment:
 
     Attributes:
         config: plain nested dict; its hash identifies the run. What a run without a checkpoint to
-            begin with, or without a teacher, says of these is left out.
+            begin with, without a teacher, or without experts, says of these is left out.
         model: shape.
         policy: precision.
         scaling: size relative to the model whose learning rate was tuned.
@@ -65,6 +66,7 @@ class Experiment:
         """
         config = {key: each for key, each in config.items() if each or key not in ORIGINS}
         _check(config)
+        config["model"] = _without_experts(config["model"])
         model = TransformerConfig(**{**config["model"], "vocabulary": _vocabulary(config)})
         scaling = _scaling(model, **config["scaling"])
         *branches, schedule = _schedules(config)
@@ -130,6 +132,12 @@ class Experiment:
 def has_shape(config: Mapping[str, Any]) -> bool:
     """Whether a config says how large its model is; else a checkpoint does, see `launch.origin`."""
     return "width" in config.get("model", {})
+
+
+def _without_experts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a model, without the keys of experts if it has none."""
+    left_out = () if model.get("experts") else _OF_EXPERTS
+    return {key: each for key, each in model.items() if key not in left_out}
 
 
 def _tokens_per_step(config: Mapping[str, Any]) -> int:

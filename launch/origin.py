@@ -31,7 +31,7 @@ from qat.training.tokenizer import parse_tokenizer
 
 _PINNED = re.compile(r"(.+)@([0-9a-f]{12})")
 _SHAPE = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
-_FREE = ("dtype", "unroll", "remat", "mlp_width")  # of a model; its arrays show the last
+_FREE = ("dtype", "unroll", "remat", "balance", "mlp_width")  # of a model; arrays show the last
 
 
 def resolved(config: Mapping[str, Any], workdir: Path | None = None) -> dict[str, Any]:
