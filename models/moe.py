@@ -10,7 +10,7 @@ gets no update from that expert. So nothing depends on later tokens; giving all 
 all second ones, as GShard does, would let a later token take an earlier one's slot. A decoder that
 reads token by token never drops any, a prompt is dropped from as training is: the two agree where
 the capacity is large enough. Tokens enter and leave slots by products with one-hot tensors, which
-any mesh can split by sequences.
+any mesh can split by sequences; their cost grows with the square of a sequence's length.
 
 The router computes in float32 and is never quantized. The experts are one gated layer, stacked and
 mapped: they have the paths of a dense block's, and so its rules, each with its own scales and
