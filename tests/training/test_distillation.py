@@ -1,5 +1,7 @@
 """Soft labels against float64 NumPy, and a student that learns them, on one device and on eight."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,17 @@ def test_the_loss_of_a_student_like_its_teacher_is_the_teacher_s_entropy(alone, 
     known = softmax(task.apply(teacher, numbers, jax.random.key(0), tokens_BT))
     entropy = -(known * np.log(known)).sum(axis=-1).mean()
     assert result.losses[1] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_a_student_keeps_what_its_training_is_to_keep_small():
+    task, numbers = language_model(CONFIG, STRUCTURE), constants()
+    params, tokens_BS = task.init(jax.random.key(0)), jnp.asarray(BATCHES.batch_at(0))
+    penalized = dataclasses.replace(
+        task, penalized=lambda *inputs: (task.apply(*inputs), jnp.float32(0.5))
+    )
+    inputs = params, Taught(numbers, params, numbers), jax.random.key(0), tokens_BS
+    plain, more = (taught(each, task).losses(*inputs) for each in (task, penalized))
+    np.testing.assert_allclose(more, plain + 0.5, rtol=1e-6)
 
 
 def test_a_teacher_lies_on_the_mesh_as_its_student_and_changes_no_loss(alone, teacher):

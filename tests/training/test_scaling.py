@@ -1,5 +1,7 @@
 """Rules of size against their table, and what they are for: updates that keep their size."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from models.transformer import TransformerConfig
 from qat.training.scaling import Scaling
 
 CONFIG = TransformerConfig(vocabulary=32, width=32, layers=4, heads=4, kv_heads=2)
+SPARSE = dataclasses.replace(CONFIG, experts=4)
 # Array: (initial values, rate) at four times the width and nine times the depth.
 EXPECTED = {
     "embed/embedding": (2, 1),
@@ -19,6 +22,7 @@ EXPECTED = {
     "blocks/attention/out/kernel": (1, 1 / 12),
     "blocks/mlp/gate_up/kernel": (1, 1 / 12),
     "blocks/mlp/down/kernel": (1, 1 / 12),
+    "blocks/router/kernel": (1 / 2, 1 / 12),
 }
 
 
@@ -28,13 +32,16 @@ def leaf(tree, path):
     return tree
 
 
-@pytest.fixture(scope="module")
-def params():
-    return language_model(CONFIG, None).init(jax.random.key(0))
+@pytest.fixture(scope="module", params=[CONFIG, SPARSE], ids=["dense", "sparse"])
+def params(request):
+    return jax.jit(language_model(request.param, None).init)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("path", EXPECTED)
 def test_mup_and_depth_mup_follow_their_table(path, params):
+    """Whether there are experts or not; without them there is no router."""
+    if "router" in path and "router" not in params["blocks"]:
+        return
     scaling = Scaling.of("mup", width=4, depth=9, channels=4)
     initial, rate = EXPECTED[path]
     rescaled = scaling.initial_values(params, AXES)

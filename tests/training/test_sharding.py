@@ -43,6 +43,16 @@ def test_a_rule_matches_whole_path_parts_only():
         state_shardings({"groundup": {"kernel": shape(8, 8)}}, make_mesh(2, 2, 2), AXES)
 
 
+def test_axes_between_others_are_as_many_as_there_are():
+    axes = (("kernel", ("layer", ..., "width", "mlp")),)
+    expected = {(2, 8, 8): ("fsdp", "tensor"), (2, 3, 5, 8, 8): (None, None, "fsdp", "tensor")}
+    for sizes, spec in expected.items():
+        placed = state_shardings({"kernel": shape(*sizes)}, make_mesh(2, 2, 2), axes)
+        assert placed["kernel"].spec == PartitionSpec(None, *spec)
+    with pytest.raises(ValueError, match="does not fit 'kernel'"):
+        state_shardings({"kernel": shape(8, 8)}, make_mesh(2, 2, 2), axes)
+
+
 def test_mesh_takes_what_is_left_and_refuses_what_does_not_divide():
     assert make_mesh(-1, 2, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(ValueError, match="needs 3 devices, there are 8"):
