@@ -244,6 +244,8 @@ class Lab:
             weight_format=policy.format_name("weights"),
             activation_format=policy.format_name("activations"),
             kv_format=policy.format_name("kv_cache"),
+            experts=model.experts,
+            experts_per_token=model.experts_per_token if model.experts else 0,
             policy=str(policy),
             init=config.get("init", "none"),
             teacher=config.get("teacher", "none"),

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     from launch.studies import QUESTIONS
-    from launch.studies.rows import TABLES, Study, gather
+    from launch.studies.answer import NOTHING
+    from launch.studies.rows import TABLES, NoRowsError, Study, gather
     from qat.spelling import expected_one_of
 
     for name in _QUESTION.value:
@@ -47,8 +48,12 @@ def main(argv: list[str]) -> None:
         print(f"{gather(study.path(name), Path(path))} rows in {study.path(name)}")
     for name in _QUESTION.value or QUESTIONS:
         start = time.perf_counter()
-        QUESTIONS[name](study).write(study.folder, name)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        try:
+            found, said = QUESTIONS[name](study), ""
+        except NoRowsError as error:
+            found, said = NOTHING, f"; {error}"
+        found.write(study.folder, name)
+        print(f"{name}: {time.perf_counter() - start:.0f} s{said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def parts() -> dict[str, Grid]:
         "long": runs(WIDTHS, (16,), ("none", "w2", "w3", "w4")),
         "longer": runs((64, 48, 32), (32,), ("none", "w2", "w3", "w4")),
         "longest": runs((64,), (48,), ("none", "w3")),
+        "experts": product(experts(), runs((32, 16), (8, 2, 0.5), ("none", *LOW[:4]))),
         "large noise": runs((64,), (2,), ("none", "w2", "w3", "a3", "kv2"), seeds=(1, 2)),
     }
 
@@ -88,6 +89,11 @@ def runs(
     )
     tokens = axis("tokens", [round(budget * MILLION) for budget in millions])
     return product(axis("seed", seeds), tokens, sizes, axis("policy", policies))
+
+
+def experts() -> Grid:
+    """Mixtures of four, of which a token passes through one or two."""
+    return product(axis("model.experts", (4,)), axis("model.experts_per_token", (1, 2)))
 
 
 def factorial() -> list[str]:

@@ -55,8 +55,13 @@ class Answer:
     def markdown(self) -> str:
         """Tables and figures."""
         parts = [f"{caption}:\n\n{markdown_of(table)}" for caption, table in self.tables.items()]
+        if not self.tables:
+            return "No rows yet."
         parts += [f"![{name.replace('_', ' ')}](figures/{name}.svg)" for name in self.figures]
         return "\n\n".join(parts)
+
+
+NOTHING = Answer()
 
 
 def placed(text: str, question: str, content: str) -> str:

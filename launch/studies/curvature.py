@@ -4,19 +4,21 @@ Of `launch.analyze` on unquantized runs of the grid: gradient and Hessian of the
 the weights that are rounded, in their own basis and in the rotated one.
 """
 
+from pathlib import Path
+
 import pandas as pd
 
 from launch.studies.answer import Answer, between
-from launch.studies.rows import Study, groups
+from launch.studies.rows import NoRowsError, Study, groups
 from qat.analysis.powers import power_law
 
+TABLES = ("spectra", "expansions")
 _SHOWN = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def answer(study: Study) -> Answer:
     """Powers of D and N, and what of the cost is first, second and higher order."""
-    spectra = pd.read_csv(study.folder / "spectra.csv")
-    expansions = pd.read_csv(study.folder / "expansions.csv")
+    spectra, expansions = (_read(study.folder / f"{name}.csv") for name in TABLES)
     expansions = expansions[(expansions.status == "ok") & expansions.ptq_bits.isin(_SHOWN)]
     return Answer(
         tables={
@@ -24,6 +26,12 @@ def answer(study: Study) -> Answer:
             "Shares of what rounding costs, medians over models": _orders(expansions),
         }
     )
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise NoRowsError(f"{path} is missing")
+    return pd.read_csv(path)
 
 
 def _growth(spectra: pd.DataFrame, expansions: pd.DataFrame) -> pd.DataFrame:

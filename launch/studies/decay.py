@@ -8,7 +8,7 @@ of one budget at several rates say what the rate does alone.
 import pandas as pd
 
 from launch.studies.answer import Answer, between
-from launch.studies.rows import Study, groups
+from launch.studies.rows import Study, groups, some
 from qat.analysis.powers import power_law
 
 _BITS = (2.0, 3.0, 4.0)
@@ -19,7 +19,7 @@ def answer(study: Study) -> Answer:
     """Growth with tokens with and without decay, what decay adds, and what the rate does."""
     rows = study.rounded[(study.rounded.policy == "none") & (study.rounded.experts == 0)]
     rows = rows[(rows.ptq_method == "rtn") & rows.ptq_bits.isin(_BITS)]
-    branches = rows[rows.schedule == "wsd"]
+    branches = some(rows[rows.schedule == "wsd"], "budgets of one trunk")
     kinds = {
         "at the peak": branches[branches.status == "unfinished"],
         "cooled down": branches[branches.status == "ok"],

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from launch.studies.answer import Answer, between
-from launch.studies.rows import Study, alone, integers, with_plain
+from launch.studies.rows import Study, alone, integers, some, with_plain
 from qat import laws
 
 _LAW = "precision_weibull_plain"
@@ -14,14 +14,14 @@ def answer(study: Study) -> Answer:
     rows = alone(integers(study.trained[study.trained.schedule == "cosine"]), "weight_bits")
     own_rate = (rows.learning_rate == rows.params.map(study.rates)) | (rows.experts > 0)
     rows = rows[own_rate & (rows.seed == 0)]
-    sparse = rows[rows.experts > 0]
+    sparse = some(rows[rows.experts > 0], "mixtures of experts")
     budgets, rates = sparse.tokens.unique(), sparse.learning_rate.unique()
     rows = rows[rows.tokens.isin(budgets) & rows.learning_rate.isin(rates)]
     rows = rows[rows.policy.isin(sparse.policy.unique())]
     fits, lines = {}, []
     for (experts, chosen), own in rows.groupby(["experts", "experts_per_token"]):
         name = "dense" if not experts else f"{experts} experts, top {chosen}"
-        fitted = laws.fit(_LAW, own, bootstrap=200, starts=64, seed=0)
+        fitted = laws.fit(_LAW, own, bootstrap=study.resamples, starts=study.starts)
         fits[f"weights_of_{name.replace(',', '').replace(' ', '_')}"] = fitted
         known = {x: between(fitted.params[x], *fitted.interval(x)) for x in ("gamma_w", "k_w")}
         lines.append({"model": name, "runs": len(own)} | known | {"R²": fitted.diagnostics.r2})

@@ -1,7 +1,7 @@
 """Of formats with equal bits, which costs least, and does the error of rounding say so?"""
 
 from launch.studies.answer import Answer
-from launch.studies.rows import Study, alone, with_plain
+from launch.studies.rows import Study, alone, some, with_plain
 from qat.analysis.format_columns import gaussian_error
 from qat.formats import parse_format
 
@@ -9,7 +9,8 @@ from qat.formats import parse_format
 def answer(study: Study) -> Answer:
     """What every format adds, of weights and of activations alone."""
     rows = study.grid(study.trained)
-    cells = rows[rows.weight_format.str.match("e[0-9]")][["params", "tokens", "seed"]]
+    floats = some(rows[rows.weight_format.str.match("e[0-9]")], "floats")
+    cells = floats[["params", "tokens", "seed"]]
     added = with_plain(rows.merge(cells.drop_duplicates()))
     plain = ~added.policy.str.contains("/|ternary|bitnet|g8")
     tables = {}

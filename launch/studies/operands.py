@@ -3,25 +3,23 @@
 import pandas as pd
 
 from launch.studies.answer import Answer, between
-from launch.studies.rows import Study, alone, integers, lines_of, with_plain
+from launch.studies.rows import Study, alone, integers, lines_of, some, with_plain
 from qat import laws
 from qat.analysis.independence import Independence, independence
 from qat.policy import Policy
 from qat.report import law_figures
 
-_RESAMPLES = 200
-
 
 def answer(study: Study) -> Answer:
     """Both factorials, and blocks against channels width by width."""
     rows = study.grid(study.trained)
-    several = rows[rows.policy.map(_scaled_by_blocks)]
+    several = some(rows[rows.policy.map(_scaled_by_blocks)], "blocks")
     tables, figures = {}, {}
     for name, table in (
         ("channel and tensor", integers(rows)),
         ("blocks", pd.concat([rows[rows.policy == "none"], several])),
     ):
-        tested = independence(laws.as_table(table), resamples=_RESAMPLES, seed=0)
+        tested = independence(laws.as_table(table), resamples=study.resamples, starts=study.starts)
         tables[f"Scales of {name}: {_verdict(tested)}"] = _settings(tested)
         figures[f"independence_{name.replace(' ', '_')}"] = law_figures.factors(tested.settings)
     tables["What weights of few bits add, a scale a channel or a block of 8, nats per byte"] = (

@@ -16,7 +16,7 @@ def answer(study: Study) -> Answer:
     table = shapes.table_of(study)
     lines = []
     for name in _LAWS:
-        fitted = laws.fit(name, table, bootstrap=200, starts=64, seed=0)
+        fitted = laws.fit(name, table, bootstrap=study.resamples, starts=study.starts)
         for flops in _BUDGETS:
             best = laws.plan(fitted, flops)
             assert best.bits is not None

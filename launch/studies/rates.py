@@ -1,7 +1,7 @@
 """Which learning rate is best at each size, and what does the rule that the grid follows cost?"""
 
 from launch.studies.answer import Answer
-from launch.studies.rows import Study
+from launch.studies.rows import Study, some
 
 
 def answer(study: Study) -> Answer:
@@ -9,7 +9,9 @@ def answer(study: Study) -> Answer:
     rows = study.trained
     tried = rows[(rows.learning_rate != rows.params.map(study.rates)) & (rows.policy == "none")]
     tried = tried[(tried.schedule == "cosine") & (tried.experts == 0)]
-    wide = tried.pivot_table(index=["params", "tokens"], columns="learning_rate", values="loss")
+    wide = some(tried, "tuned rates").pivot_table(
+        index=["params", "tokens"], columns="learning_rate", values="loss"
+    )
     table = wide.rename(columns="{:g}".format).reset_index()
     table["rate of the grid"] = table.params.map(study.rates)
     table = table.rename(columns={"params": "N", "tokens": "D"})

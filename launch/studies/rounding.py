@@ -84,7 +84,7 @@ def answer(study: Study) -> Answer:
         caption = (
             f"Laws of the cost of `{method}`: {len(clear)} of {len(rows)} models, clear of noise"
         )
-        tables[caption], found = _compared(clear)
+        tables[caption], found = _compared(study, clear)
         fits |= {f"{method}_{name}": fitted for name, fitted in found.items()}
         best = min(found.values(), key=lambda fitted: fitted.diagnostics.objective)
         tables[f"Parameters of the better one, `{method}`"] = parameters(best)
@@ -93,7 +93,7 @@ def answer(study: Study) -> Answer:
     return Answer(tables, figures, fits)
 
 
-def _compared(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, laws.Fit]]:
+def _compared(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, laws.Fit]]:
     """Criteria of the two laws, in and out of sample."""
     table = laws.as_table(rows)
     comparison = laws.compare(
@@ -101,8 +101,8 @@ def _compared(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, laws.Fit]]:
         table,
         holdout=("largest-params", "longest-ratio"),
         loss="l2",
-        starts=64,
-        seed=0,
+        bootstrap=study.resamples,
+        starts=study.starts,
     )
     log_R = np.log(table.frame["loss"].to_numpy())
     lines = []

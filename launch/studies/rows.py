@@ -31,11 +31,23 @@ _PLAIN = Policy.parse("none").structure  # a scale for every channel, tensor and
 FORMATS = ("weight_format", "activation_format", "kv_format")
 
 
+class NoRowsError(ValueError):
+    """There is no row that a question is about."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """The folder of a study, which holds its tables and README."""
+    """A study, and how thoroughly it is asked.
+
+    Attributes:
+        folder: holds its tables and README.
+        resamples: of every bootstrap.
+        starts: of every fit.
+    """
 
     folder: Path
+    resamples: int = 200
+    starts: int = 64
 
     @functools.cached_property
     def rows(self) -> pd.DataFrame:
@@ -46,8 +58,11 @@ class Study:
         """All rows of one of `TABLES`.
 
         Raises:
-            ValueError: the file cannot be read, or a line of it is no row.
+            NoRowsError: there is no such file.
+            ValueError: it cannot be read, or a line of it is no row.
         """
+        if not self.path(name).exists():
+            raise NoRowsError(f"{self.path(name)} is missing")
         found = collect([self.path(name)])
         if found.left_out:
             raise ValueError(found.left_out[0])
@@ -97,6 +112,17 @@ def gather(path: Path, table: Path) -> int:
     rows = found.table.sort_values(order, kind="stable", ignore_index=True)
     write_whole(path, gzip.compress(as_csv(rows).encode(), mtime=0))  # equal rows, equal bytes
     return len(rows)
+
+
+def some(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The rows, if there are any.
+
+    Raises:
+        NoRowsError: there are none.
+    """
+    if rows.empty:
+        raise NoRowsError(f"no rows of {what}")
+    return rows
 
 
 def integers(rows: pd.DataFrame) -> pd.DataFrame:

@@ -27,18 +27,23 @@ CURVES = (
     "scaled_weibull",
     "multiplicative_weibull",
 )
-_STARTS, _RESAMPLES = 64, 200
 
 
 def table_of(study: Study) -> Table:
-    """Integer runs of the grid, all operands, alone and together."""
-    return laws.as_table(integers(study.grid(study.trained)))
+    """Integer runs of the grid, all operands, alone and together.
+
+    Runs of one size, budget and seed share initialisation and data order, and so their errors: they
+    count as one where runs are resampled.
+    """
+    rows = integers(study.grid(study.trained))
+    cell = rows.groupby(["params", "tokens", "seed"]).ngroup()
+    return laws.as_table(rows.assign(run_id=cell.map(str)))
 
 
 def answer(study: Study) -> Answer:
     """The comparison, the parameters of the law it prefers, and how these fit."""
     table = table_of(study)
-    comparison = compared(table)
+    comparison = compared(study, table)
     chosen = chosen_fit(comparison)
     return Answer(
         tables={
@@ -58,12 +63,12 @@ def answer(study: Study) -> Answer:
     )
 
 
-def compared(table: Table) -> Comparison:
+def compared(study: Study, table: Table) -> Comparison:
     """All curves, and the two laws without one."""
     levels = {column: tuple(table.frame[column].unique()) for column in FREE_COLUMNS.values()}
     known: list[str | laws.Law] = [*CURVES, laws.free(levels), laws.offset(levels)]
     return laws.compare(
-        known, table, holdout=HOLDOUTS, bootstrap=_RESAMPLES, starts=_STARTS, seed=0
+        known, table, holdout=HOLDOUTS, bootstrap=study.resamples, starts=study.starts
     )
 
 

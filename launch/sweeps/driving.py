@@ -186,7 +186,7 @@ def _jobs(plan: Plan, missing: Sequence[str], options: Options) -> list[Job]:
     """Runs, or those that train together as lanes."""
     groups = lanes.groups({run_id: plan.runs[run_id] for run_id in missing}, options.lanes)
     firsts = ((runs, plan.runs[runs[0]]) for runs in groups)
-    return [Job(runs, each.shape, each.tokens * each.model.params) for runs, each in firsts]
+    return [Job(runs, each.shape, each.tokens * each.model.active_params) for runs, each in firsts]
 
 
 def _command(options: Options) -> list[str]:

@@ -20,6 +20,8 @@ from qat.sweep import apply
 from qat.training.results import write_rows
 from tests.rows import ROW
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 LAW = "precision_weibull_plain"
 TRUTH = {"A": 17.0, "B": 420.0, "E": 1.1, "alpha": 0.27, "beta": 0.48}
 TRUTH |= {"gamma_w": 2.2, "k_w": 0.8, "gamma_a": 2.0, "k_a": 1.3, "gamma_kv": 1.0, "k_kv": 1.1}
@@ -58,7 +60,7 @@ def test_the_grid_is_what_the_study_asks_for():
     assert all(run in grid for run in again)
 
 
-def drawn(overrides, config, rng, **columns):
+def drawn(overrides, config, rng):
     """A run's rows: trained, and rounded if it was trained unquantized."""
     config = apply(config, overrides)
     policy = Policy.parse(config["policy"])
@@ -71,7 +73,8 @@ def drawn(overrides, config, rng, **columns):
             ("kv_bits", "kv_cache"),
         )
     }
-    truth = TRUTH | {"gamma_w": EXPERTS_GAMMA} if columns.get("experts") else TRUTH
+    experts = config["model"]["experts"]
+    truth = TRUTH | {"gamma_w": EXPERTS_GAMMA} if experts else TRUTH
     rows = pd.DataFrame([{"params": params, "tokens": config["tokens"], **bits}])
     seed = np.random.default_rng((config["seed"], params, config["tokens"])).normal(0, SEEDS)
     loss = float(get_law(LAW).predict(truth | ROUNDING, rows)[0]) + seed
@@ -96,7 +99,8 @@ def drawn(overrides, config, rng, **columns):
                 ("kv", "kv_cache"),
             )
         },
-        **columns,
+        experts=experts,
+        experts_per_token=config["model"]["experts_per_token"] if experts else 0,
     )
     return [row, *(rounded(row) if config["policy"] == "none" else [])]
 
@@ -126,7 +130,7 @@ PARAMS = {}
 
 @functools.cache
 def all_rows():
-    """The grid, the tuning, budgets of one trunk, and mixtures of experts in some cells."""
+    """The grid, the tuning, and budgets of one trunk."""
     config = precision_micro.get_sweep().config
     study = Study(None)
     by_rate = {rate: params for params, rate in study.rates.items()}
@@ -142,16 +146,13 @@ def all_rows():
             if "schedule.branches" in run:
                 branch = dataclasses.replace(own[0], run_id=f"{budget}-{own[0].run_id}")
                 rows += rounded(branch, budget=budget)
-    for run in precision_micro.runs((32, 16), (8, 2, 0.5), ("none", "w1", "w2", "w3", "w4")):
-        for chosen in (1, 2):
-            rows += drawn(run, config, rng, experts=4, experts_per_token=chosen)
     return rows
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    found = Study(folder)
+    found = Study(folder, resamples=30, starts=8)
     write_rows(folder / "all.jsonl", all_rows())
     count = gather(found.path("runs"), folder / "all.jsonl")
     assert count == len(all_rows())
@@ -222,9 +223,7 @@ def test_ternary_models_are_worth_the_bits_that_they_were_drawn_with(study):
 
 
 def test_the_law_that_made_the_rows_is_preferred(study, monkeypatch):
-    monkeypatch.setattr(shapes, "CURVES", (LAW, "precision_plain"))
-    monkeypatch.setattr(shapes, "_RESAMPLES", 40)
-    monkeypatch.setattr(shapes, "_STARTS", 24)
+    monkeypatch.setattr(shapes, "CURVES", (LAW,))
     answer = shapes.answer(study)
     captions = list(answer.tables)
     assert f"`{LAW}`" in captions[1]
