@@ -110,7 +110,7 @@ def _compared(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
         residual_R = np.log(comparison.fits[row["law"]].predict(table)) - log_R
         line = {
             "law": row["law"],
-            "ΔBIC": round(row["bic"]),
+            "ΔBIC": float(np.round(row["bic"])),
             "R² of log δ": 1 - residual_R.var() / log_R.var(),
             "typical factor": np.exp(residual_R.std()),
         }
