@@ -59,7 +59,7 @@ def answer(study: Study) -> Answer:
                 chosen, table, "tokens", "training tokens D"
             ),
         },
-        fits=comparison.fits,
+        fits={_short(name): fitted for name, fitted in comparison.fits.items()},
     )
 
 
@@ -88,7 +88,7 @@ def criteria(comparison: Comparison, table: Table) -> pd.DataFrame:
         line = {
             "law": _short(row["law"]),
             "parameters": row["parameters"],
-            "ΔBIC": float(np.round(row["bic"])),
+            "ΔBIC": float(np.round(row["bic"])),  # may be infinite
             "R²": row["r2"],
             "median error": _percent(residual_R),
         }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,13 @@ def test_every_question_has_its_place_in_the_readme():
 def test_a_readme_without_the_place_is_refused(text):
     with pytest.raises(ValueError, match="expected one place <!-- x --> … <!-- /x -->"):
         placed(text, "x", "")
+
+
+@pytest.mark.parametrize("question", ["rates", "noise"])
+def test_what_is_committed_is_what_the_committed_rows_say(question):
+    published = Study(Path(__file__).parents[2] / "docs/studies/precision_micro")
+    text = (published.folder / "README.md").read_text()
+    assert placed(text, question, QUESTIONS[question](published).markdown()) == text
 
 
 def test_markdown():
