@@ -2,8 +2,10 @@
 
 `agreement` compares next-token distributions token by token, on the device and a part of the
 logits at a time. What it returns is small, one number a token, so `paired` and `context` do the
-statistics on the host in float64. `size` counts the bits a model takes. `sharpness`, a module of
-its own, asks the Hessian what changes of the weights cost.
+statistics on the host in float64. `size` counts the bits a model takes.
+
+Modules of their own: `sharpness` asks the Hessian what changes of the weights cost; `independence`,
+`powers` and `replicates` ask tables of many models.
 """
 
 from qat.analysis.agreement import Agreement, agreement, agreement_of_states
