@@ -136,7 +136,7 @@ def normed_inputs(model):
     )
     x_BTD = model.embed(TOKENS)
     positions = model.positions(jnp.int32(0), TOKENS.shape[1], TOKENS.shape[1])
-    after_BTD, _ = first(x_BTD, positions, None)
+    after_BTD, *_ = first(x_BTD, positions, None)
     return jnp.stack([first.attention_norm(x_BTD), second.attention_norm(after_BTD)])
 
 
