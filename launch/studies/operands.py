@@ -3,7 +3,7 @@
 import pandas as pd
 
 from launch.studies.answer import Answer, between
-from launch.studies.rows import Study, alone, integers, lines_of, some, with_plain
+from launch.studies.rows import Study, alone, integers, lines_of, with_plain
 from qat import laws
 from qat.analysis.independence import Independence, independence
 from qat.policy import Policy
@@ -13,17 +13,17 @@ from qat.report import law_figures
 def answer(study: Study) -> Answer:
     """Both factorials, and blocks against channels width by width."""
     rows = study.grid(study.trained)
-    several = some(rows[rows.policy.map(_scaled_by_blocks)], "blocks")
+    blocks = rows[rows.policy.map(_scaled_by_blocks)]
+    factorials = {"channel and tensor": integers(rows)}
+    if not blocks.empty:
+        factorials["blocks"] = pd.concat([rows[rows.policy == "none"], blocks])
     tables, figures = {}, {}
-    for name, table in (
-        ("channel and tensor", integers(rows)),
-        ("blocks", pd.concat([rows[rows.policy == "none"], several])),
-    ):
+    for name, table in factorials.items():
         tested = independence(laws.as_table(table), resamples=study.resamples, starts=study.starts)
         tables[f"Scales of {name}: {_verdict(tested)}"] = _settings(tested)
         figures[f"independence_{name.replace(' ', '_')}"] = law_figures.factors(tested.settings)
     tables["What weights of few bits add, a scale a channel or a block of 8, nats per byte"] = (
-        _granularities(rows)
+        _granularities(rows, blocks)
     )
     return Answer(tables, figures)
 
@@ -60,12 +60,12 @@ def _settings(tested: Independence) -> pd.DataFrame:
     )
 
 
-def _granularities(rows: pd.DataFrame) -> pd.DataFrame:
+def _granularities(rows: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
     added = with_plain(alone(rows, "weight_bits"))
-    blocks = added[added.policy.map(_scaled_by_blocks)]
-    channels = integers(added)
     cell = ["params", "tokens", "seed", "weight_bits"]
-    both = channels.merge(blocks, on=cell, suffixes=("_channel", "_block"))
+    both = integers(added).merge(
+        added[added.run_id.isin(blocks.run_id)], on=cell, suffixes=("_channel", "_block")
+    )
     table = both[["params", "tokens", "weight_bits", "delta_channel", "delta_block"]]
     table = table.groupby(["params", "tokens", "weight_bits"], as_index=False).mean()
     names = {"params": "N", "tokens": "D", "weight_bits": "bits"}

@@ -88,7 +88,7 @@ def criteria(comparison: Comparison, table: Table) -> pd.DataFrame:
         line = {
             "law": _short(row["law"]),
             "parameters": row["parameters"],
-            "ΔBIC": float(np.round(row["bic"])),  # may be infinite
+            "ΔBIC": float(np.round(row["bic"])),
             "R²": row["r2"],
             "median error": _percent(residual_R),
         }

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -274,3 +276,21 @@ def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "runs.csv.gz").write_bytes(b"no rows")
     with pytest.raises(ValueError, match=r"runs\.csv\.gz: damaged"):
         assert Study(tmp_path).rows is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--question=shape", "question 'shape'"),
+        ("--add=run=rows.csv", "--add=run: expected TABLE=PATH, TABLE one of runs, again"),
+        ("--add=runs", "--add=runs: expected TABLE=PATH"),
+    ],
+)
+def test_bad_input_is_one_line(flag, message, tmp_path):
+    command = [sys.executable, "-m", "launch.study", f"--folder={tmp_path}", flag]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -75,6 +75,7 @@ def test_where_criteria_disagree_there_is_no_verdict_but_intervals():
         found.table,
         {"aicc": ("precision_plain",), "bic": ("precision_weibull_plain",)},
         {},
+        {},
     )
     assert contradicting.preferred is None
     assert "disagree" in contradicting.verdict
@@ -94,6 +95,15 @@ def test_a_law_that_says_nothing_of_some_rows_is_not_preferred():
     assert found.fits["narrow"].diagnostics.rows_outside_domain == 15
     assert found.table.set_index("law").aicc.tolist() == [np.inf, 0.0]
     assert found.preferred == other
+
+
+def test_residuals_of_held_out_rows_are_those_that_the_table_sums_up():
+    found = comparison("precision_plain")
+    for name, error_LR in found.held_out.items():
+        held_R = ~np.isnan(error_LR[0])
+        assert 0 < held_R.sum() < error_LR.shape[1]
+        rms_L = np.sqrt((error_LR[:, held_R] ** 2).mean(axis=1))
+        np.testing.assert_allclose(found.table[name], rms_L)
 
 
 def test_held_out_rows_are_the_farthest():
