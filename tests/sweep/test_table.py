@@ -88,8 +88,9 @@ def test_a_compressed_file_is_read_as_it_was(tmp_path, name):
     pd.testing.assert_frame_equal(collect([path]).table, plain, check_exact=True)
 
 
-@pytest.mark.parametrize("content", [b"run_id", gzip.compress(b"run_id" * 99)[:-9]])
-def test_a_damaged_compressed_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("damage", ["none of it", "torn"])
+def test_a_damaged_compressed_file_is_named(tmp_path, damage):
+    content = b"run_id" if damage == "none of it" else gzip.compress(b"run_id" * 99)[:-9]
     (tmp_path / "rows.csv.gz").write_bytes(content)
     count, (line,) = left_out(tmp_path / "rows.csv.gz")
     assert count == 0
