@@ -20,12 +20,9 @@ from qat.policy import Policy
 from qat.sweep.table import as_csv, collect
 from qat.training.files import write_whole
 
-TABLES = {
-    "runs": "all runs, and what they are when rounded",
-    "again": "some of them, trained a second time",
-    "rotated": "some of them, rounded with rotation and without",
-    "positions": "some of them with a rounded cache, by position in the context",
-}
+# All runs; some trained a second time; some rounded with rotation and without; some with a rounded
+# cache, by position in the context.
+TABLES = ("runs", "again", "rotated", "positions")
 _BYTES = 256
 _PLAIN = Policy.parse("none").structure  # a scale for every channel, tensor and token
 FORMATS = ("weight_format", "activation_format", "kv_format")
