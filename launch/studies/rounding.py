@@ -5,66 +5,19 @@ cost alone are fitted to it, and their criteria say whether bits act by an expon
 al. have it, or by a power, as Ouyang et al. do.
 """
 
-from typing import Annotated
-
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax import Array
 
 from launch.studies.answer import Answer
 from launch.studies.rows import Study, lines_of
 from launch.studies.shapes import parameters
 from qat import laws
+from qat.laws.forms.rounding import kumar_term, ouyang_term
 from qat.report import drawing
 
 _CLEAR = 3.0  # standard errors of the paired difference
 _FEWEST_NATS = 5e-4
 _SHOWN = (2.0, 3.0, 4.0, 5.0)
-
-
-@laws.law("C D^gamma_D N^-gamma_N exp(-P/gamma_post)")
-def exponential(
-    params: Array,
-    tokens: Array,
-    ptq_bits: Array,
-    *,
-    C: Annotated[
-        Array,
-        laws.amplitude(
-            "nats · params^gamma_N / tokens^gamma_D",
-            per={"params": "gamma_N"},
-            times={"tokens": "gamma_D"},
-        ),
-    ],
-    gamma_D: Annotated[Array, laws.exponent("of tokens")],
-    gamma_N: Annotated[Array, laws.signed("exponent of 1 / params", (-3.0, 3.0), (0.0, 1.0))],
-    gamma_post: Annotated[Array, laws.positive("bits, e-fold", (0.1, 30.0), (0.3, 4.0))],
-) -> Array:
-    """Kumar et al. 2024, Eq. 2."""
-    return C * tokens**gamma_D * params**-gamma_N * jnp.exp(-ptq_bits / gamma_post)
-
-
-@laws.law("C D^gamma_D N^-gamma_N P^-k")
-def power(
-    params: Array,
-    tokens: Array,
-    ptq_bits: Array,
-    *,
-    C: Annotated[
-        Array,
-        laws.amplitude(
-            "nats · params^gamma_N · bits^k / tokens^gamma_D",
-            per={"params": "gamma_N", "ptq_bits": "k"},
-            times={"tokens": "gamma_D"},
-        ),
-    ],
-    gamma_D: Annotated[Array, laws.exponent("of tokens")],
-    gamma_N: Annotated[Array, laws.signed("exponent of 1 / params", (-3.0, 3.0), (0.0, 1.0))],
-    k: Annotated[Array, laws.exponent("of bits", (0.1, 30.0), (1.0, 8.0))],
-) -> Array:
-    """Ouyang et al. 2024."""
-    return C * tokens**gamma_D * params**-gamma_N * ptq_bits**-k
 
 
 def costs(study: Study, method: str) -> pd.DataFrame:
@@ -97,7 +50,7 @@ def _compared(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str,
     """Criteria of the two laws, in and out of sample."""
     table = laws.as_table(rows)
     comparison = laws.compare(
-        (exponential, power),
+        (kumar_term, ouyang_term),
         table,
         holdout=("largest-params", "longest-ratio"),
         loss="l2",

@@ -15,15 +15,15 @@ from typing import Any
 import pandas as pd
 
 from configs.studies import precision_micro
-from models.transformer import TransformerConfig
+from launch.experiment import Experiment
 from qat.policy import Policy
+from qat.sweep import apply
 from qat.sweep.table import as_csv, collect
 from qat.training.files import write_whole
 
 # All runs; some trained a second time; some rounded with rotation and without; some with a rounded
 # cache, by position in the context.
 TABLES = ("runs", "again", "rotated", "positions")
-_BYTES = 256
 _PLAIN = Policy.parse("none").structure  # a scale for every channel, tensor and token
 FORMATS = ("weight_format", "activation_format", "kv_format")
 
@@ -84,9 +84,9 @@ class Study:
     @functools.cached_property
     def rates(self) -> Mapping[int, float]:
         """Learning rate of the grid, by number of parameters."""
-        model = {**precision_micro.get_sweep().config["model"], "vocabulary": _BYTES}
-        rates = precision_micro.RATES.items()
-        return {TransformerConfig(**{**model, "width": w}).params: rate for w, rate in rates}
+        config, rates = precision_micro.get_sweep().config, precision_micro.RATES
+        sizes = (Experiment.from_config(apply(config, {"model.width": each})) for each in rates)
+        return dict(zip((size.model.params for size in sizes), rates.values(), strict=True))
 
     def grid(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Dense models at the rate of their size, each with a cosine of its own."""

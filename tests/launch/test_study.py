@@ -200,12 +200,12 @@ def test_rates_are_those_that_were_tried(study):
 
 def test_the_cost_of_rounding_is_an_exponential_with_the_powers_of_the_truth(study):
     answer = costs.answer(study)
-    fitted = answer.fits["rtn_exponential"]
+    fitted = answer.fits["rtn_kumar_term"]
     assert fitted.params["gamma_D"] == pytest.approx(0.5, abs=0.01)
     assert fitted.params["gamma_N"] == pytest.approx(0.3, abs=0.01)
     assert fitted.params["gamma_post"] == pytest.approx(0.8, abs=0.01)
     criteria = next(table for caption, table in answer.tables.items() if "`rtn`" in caption)
-    assert criteria.set_index("law")["ΔBIC"].idxmin() == "exponential"
+    assert criteria.set_index("law")["ΔBIC"].idxmin() == "kumar_term"
 
 
 def test_decay_doubles_the_cost_and_tokens_raise_it_either_way(study):

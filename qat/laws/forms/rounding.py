@@ -1,4 +1,4 @@
-"""What few bits cost on top of the law of size and data, where it is not Kumar's term.
+"""What few bits cost on top of the law of size and data; Kumar's term alone, others with that law.
 
 A power law in the bits after training (Ouyang et al. 2024), and the size of the groups of weights
 that share a scale (Chen et al. 2025, quantization-aware training, one fit a pair of formats). Both
@@ -12,11 +12,35 @@ import jax.numpy as jnp
 from jax import Array
 
 from qat.laws.forms.size import chinchilla
-from qat.laws.law import Group, Law, Values, amplitude, exponent, law, power, signed
+from qat.laws.law import Group, Law, Values, amplitude, exponent, law, positive, power, signed
 from qat.laws.table import UNQUANTIZED_BITS
 
 _OF_TOKENS = signed("exponent of tokens in the cost of few bits", (-3.0, 3.0), (0.0, 1.0))
 _OF_SIZE = signed("exponent of 1 / params in the cost of few bits", (-3.0, 3.0), (0.0, 1.0))
+
+
+@law("C_T D^gamma_D N^-gamma_N exp(-P_post/gamma_post)")
+def kumar_term(
+    params: Array,
+    tokens: Array,
+    ptq_bits: Array,
+    *,
+    C_T: Annotated[
+        Array,
+        amplitude(
+            "amplitude of the cost of rounding, nats · params^gamma_N / tokens^gamma_D",
+            per={"params": "gamma_N"},
+            times={"tokens": "gamma_D"},
+        ),
+    ],
+    gamma_D: Annotated[Array, _OF_TOKENS],
+    gamma_N: Annotated[Array, _OF_SIZE],
+    gamma_post: Annotated[
+        Array, positive("bits over which that cost falls e-fold", (0.1, 30.0), (0.3, 4.0))
+    ],
+) -> Array:
+    """Kumar et al. 2024, arXiv 2411.04330, Eq. 2: nats that rounding to P_post bits adds."""
+    return C_T * power(tokens, gamma_D) * power(params, -gamma_N) * jnp.exp(-ptq_bits / gamma_post)
 
 
 @law("k D^gamma_D N^-gamma_N P_post^-gamma_P")
@@ -65,7 +89,9 @@ def chen_term(
     return k * size * power(jnp.log2(weight_group), gamma_G)
 
 
-ouyang_term, chen_term = (dataclasses.replace(t, whole=False) for t in (ouyang_term, chen_term))
+kumar_term, ouyang_term, chen_term = (
+    dataclasses.replace(term, whole=False) for term in (kumar_term, ouyang_term, chen_term)
+)
 
 
 def _added_to_chinchilla(
